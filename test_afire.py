@@ -1,0 +1,879 @@
+"""Tests of afire.py, each against something written independently of it: a plain loop from the
+equation in float64, timm, scikit-learn, OpenCV, or a property that must hold whatever the input.
+
+They need pytest, timm, scikit-learn and opencv-python-headless; `pytest test_afire.py` runs them.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import sklearn.linear_model
+import sklearn.metrics
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import afire
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@functools.cache
+def phantom_images(n, size):
+    """Phantoms as a model takes them: (n, 1, size, size) in [0, 1]."""
+    return torch.from_numpy(afire.phantoms(n, size)[0]).float() / 255
+
+
+def odd_images(height, width, seed):
+    """(8, 1, H, W): a phantom, noise, blobs, one bright pixel, constants."""
+    random = np.random.default_rng(seed)
+    phantom = cv2.resize(phantom_images(4, 64)[seed % 4, 0].numpy(), (width, height))
+    noise, pixel = random.random((height, width)), np.zeros((height, width))
+    blobs = cv2.GaussianBlur(random.random((height, width)), (0, 0), width / 12)
+    blobs = (blobs - blobs.min()) / np.ptp(blobs)
+    pixel[random.integers(height), random.integers(width)] = 1
+    flat = [np.full((height, width), grey) for grey in (0, 0.3, 0.95, 1)]
+    return torch.from_numpy(np.stack([phantom, noise, blobs, pixel, *flat])).float().unsqueeze(1)
+
+# --------------------------------------------------------------------------------------------------
+# Synthetic lesion mask
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (97, 97), (224, 224), (64, 97)])
+@pytest.mark.parametrize("seed", range(8))
+def test_lesions_keep_their_promises_for_any_image(size, seed):
+    images = odd_images(*size, seed)
+    lesioned, mask = afire.synthetic_lesion_mask(images, seeded(seed))
+    assert torch.equal(images, odd_images(*size, seed)), "the input is left alone"
+    for each in lesioned, mask:
+        assert each.shape == images.shape and each.dtype == torch.float32
+        assert each.min() >= 0 and each.max() <= 1                     # never NaN
+    assert ((mask == 0) | (mask >= 1 / 255)).all()
+    assert (lesioned >= images).all() and torch.equal(lesioned[mask == 0], images[mask == 0])
+    assert (lesioned <= images.clamp_min(235 / 255) + 1e-6).all()
+    below = images + mask < 235 / 255
+    torch.testing.assert_close(lesioned[below], (images + mask)[below])
+    assert (mask[4] == 0).all(), "black tissue makes black lesions"
+    assert (mask[5:].flatten(1).amax(1) > 0.1).all(), "bright tissue makes bright ones"
+
+
+def test_lesions_follow_the_generator_and_the_image_alone():
+    images = odd_images(64, 64, 0)
+    once, again, other = (afire.synthetic_lesion_mask(images, seeded(s))[1] for s in (1, 1, 2))
+    assert torch.equal(once, again) and not torch.equal(once[0], other[0])
+    assert not torch.allclose(once[5] / 0.3, once[7]), "each image of a batch draws its own"
+    images[3] = images[1]
+    same = (afire.synthetic_lesion_mask(images, seeded(1))[1] == once).flatten(1).all(1)
+    assert same.tolist() == [i != 3 for i in range(8)]
+
+
+def test_there_are_one_to_four_lesions_anywhere_and_overlaps_add_up():
+    mask = afire.synthetic_lesion_mask(torch.full((600, 1, 112, 112), 0.3), seeded())[1][:, 0]
+    regions = {cv2.connectedComponents(np.uint8(each > 0))[0] - 1 for each in mask.numpy()}
+    assert regions == {1, 2, 3, 4}
+    peak, reached = mask.amax((1, 2)), (mask > 0).any(0)
+    assert (peak > 0.95 * 0.15).all() and (peak < 4 * 0.15).all() and (peak > 1.2 * 0.15).sum() > 30
+    assert all(edge.any() for edge in (reached[0], reached[-1], reached[:, 0], reached[:, -1]))
+
+
+def texture_centre_by_opencv(image):
+    """(H, W) in [0, 1] -> y, x of the largest bright region's minimum enclosing circle."""
+    bright = cv2.threshold(np.uint8(np.round(image * 255)), 0, 1, cv2.THRESH_OTSU)[1]
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=8)
+    region = labels == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+    (x, y), _ = cv2.minEnclosingCircle(np.argwhere(region)[:, ::-1].astype(np.float32))
+    return y, x
+
+
+def sides_of_one_lesion(image, mask):
+    """Height and width if one whole lesion, made by OpenCV, explains the mask; None if not."""
+    (top, left), (bottom, right) = np.argwhere(mask > 0).min(0), np.argwhere(mask > 0).max(0) + 1
+    u, v = np.meshgrid(np.linspace(-1, 1, 60), np.linspace(-1, 1, 60))
+    window = np.exp(-(u * u + v * v) / 0.5)
+    window = 0.5 * (window - window.min()) / (window.max() - window.min())
+    y, x = (round(centre) - 30 for centre in texture_centre_by_opencv(image))
+    for i in {min(max(y + d, 0), 224 - 60) for d in range(-4, 5)}:     # within 4 px
+        for j in {min(max(x + d, 0), 224 - 60) for d in range(-4, 5)}:
+            lesion = cv2.resize(window * image[i:i + 60, j:j + 60], (right - left, bottom - top))
+            if np.abs(lesion - mask[top:bottom, left:right]).max() < 1.01 / 255:
+                return bottom - top, right - left
+
+
+def test_a_lesion_equals_one_made_by_opencv():
+    images = (0.2 + 0.8 * phantom_images(12, 224)).repeat(16, 1, 1, 1)  # lifted: no lesion is faint
+    mask = afire.synthetic_lesion_mask(images, seeded())[1]
+    sides = map(sides_of_one_lesion, images[:, 0].numpy(), mask[:, 0].numpy())
+    sides = np.array([each for each in sides if each])
+    assert 30 <= len(sides) <= 70, "a quarter of 192 images has one lesion, the others have more"
+    assert 16 <= sides.min() < 28 and 116 < sides.max() <= 128 and 60 < sides.mean() < 84
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_otsu_threshold_and_largest_region_are_opencvs(seed):
+    images = (odd_images(64, 97, seed)[:3, 0] * 255).round()           # phantom, noise, blobs
+    bright = images > afire.otsu_threshold(images.long()).view(-1, 1, 1)
+    for ours, image in zip(bright.numpy(), images.numpy()):
+        assert np.array_equal(ours, cv2.threshold(np.uint8(image), 0, 1, cv2.THRESH_OTSU)[1] > 0)
+    bright[1] = torch.rand(64, 97, generator=seeded(seed)) < 0.3 + 0.02 * seed
+    turn = torch.linspace(0, 28, 4000)
+    y, x = (32 + turn * turn.sin()).long(), (48 + turn * turn.cos()).long()
+    spiral = torch.zeros(1, 64, 97, dtype=torch.bool)
+    spiral[0, y[seed * 50:], x[seed * 50:]] = True
+    bright = torch.cat([bright, spiral])
+    for region, each in zip(afire.largest_region(bright).numpy(), bright.numpy()):
+        _, labels, stats, _ = cv2.connectedComponentsWithStats(np.uint8(each), connectivity=8)
+        assert region.sum() == stats[1:, cv2.CC_STAT_AREA].max()
+        assert len(set(labels[region])) == 1, "it is one region, and whole, as its area is right"
+
+
+def test_texture_centre_is_within_4_pixels_of_opencvs():
+    blobs = [odd_images(224, 224, seed)[2] for seed in range(20)]
+    images = torch.cat([torch.stack(blobs), phantom_images(12, 224)])[:, 0]
+    levels = (images * 255).round().long()
+    bright = levels > afire.otsu_threshold(levels).view(-1, 1, 1)
+    centres = afire.enclosing_circle_centre(afire.largest_region(bright))
+    exact = torch.tensor([texture_centre_by_opencv(image) for image in images.numpy()])
+    assert (centres - exact).norm(dim=1).max() <= 4
+
+# --------------------------------------------------------------------------------------------------
+# Vision Transformer
+# --------------------------------------------------------------------------------------------------
+
+def test_patchify_cuts_rows_of_patches_and_unpatchify_undoes_it():
+    images = torch.randn(2, 3, 32, 32)
+    patches = afire.patchify(images, 8)
+    assert torch.equal(patches[1, 6], images[1, :, 8:16, 16:24].flatten())
+    assert torch.equal(afire.unpatchify(patches, 8), images)
+    assert torch.equal(afire.patchify(afire.unpatchify(patches, 8), 8), patches)
+
+
+def timm_vit(**options):
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    return timm.models.VisionTransformer(num_classes=0, norm_layer=norm, **options).eval()
+
+
+def test_vit_computes_what_timm_computes_with_the_same_weights():
+    size = {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 4}
+    ours, theirs = afire.ViT(**size), timm_vit(**size)
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-5, rtol=1e-4)
+
+
+def test_positions_are_those_of_mae():
+    """Half the channels tell the column, half the row: first the sines, then the cosines."""
+    positions = afire.ViT(40, 8, embed_dim=24, depth=1, num_heads=1).pos_embed
+    assert not positions.requires_grad and (positions[0, 0] == 0).all()
+    for row, column in np.ndindex(5, 5):
+        expected = []
+        for place in column, row:
+            angles = [place / 10000 ** (i / 6) for i in range(6)]
+            expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        ours = positions[0, 1 + 5 * row + column]
+        torch.testing.assert_close(ours, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_decoder_sees_all_but_the_masked_tokens():
+    decoder = afire.Decoder(32, 8, 2, 24, embed_dim=32, depth=2, num_heads=2)
+    tokens, abnormal = torch.randn(2, 17, 24), torch.rand(2, 16) < 0.5
+    image, hidden = decoder(tokens, abnormal), F.pad(abnormal, (1, 0)).unsqueeze(2)
+    assert image.shape == (2, 2, 32, 32)
+    assert torch.equal(decoder(tokens + 9 * hidden, abnormal), image)
+    for place in (~hidden[0, :, 0]).nonzero():                         # the class token among them
+        changed = tokens.clone()
+        changed[0, place] += 1
+        moved = (decoder(changed, abnormal) != image).flatten(1).any(1)
+        assert moved.tolist() == [True, False]
+    for place in range(16):                                            # one mask token for each
+        changed = copy.deepcopy(decoder)
+        changed.mask_token[..., place, :] += 1
+        moved = (changed(tokens, abnormal) != image).flatten(1).any(1)
+        assert torch.equal(moved, abnormal[:, place])
+
+# --------------------------------------------------------------------------------------------------
+# Projection head and prototypes
+# --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_head_equals_a_loop_over_weight_normalised_layers():
+    head, tokens = afire.AnatomyHead(12, 9, 7, hidden_dim=20, bottleneck_dim=5), torch.randn(3, 9, 12)
+    for position, logits in enumerate(head(tokens).unbind(1)):
+        layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 7, bias=False))
+        layer.parametrizations.weight.original0.fill_(1)
+        layer.parametrizations.weight.original1.copy_(head.last_layers[position])
+        x = tokens[:, position]
+        for i in 0, 2, 4:
+            x = F.linear(F.gelu(x) if i else x, head.mlp[i].weight, head.mlp[i].bias)
+        torch.testing.assert_close(logits, layer(x / x.norm(dim=1, keepdim=True)))
+
+
+def naive_sinkhorn(scores, epsilon=0.05, iterations=3):
+    """As published: in probabilities, columns to 1 / K and rows to 1 / L in turn."""
+    c = np.exp((scores - scores.max()) / epsilon)
+    c /= c.sum()
+    for _ in range(iterations):
+        c /= c.sum(0, keepdims=True) * c.shape[1]
+        c /= c.sum(1, keepdims=True) * c.shape[0]
+    return c * c.shape[0]
+
+
+@pytest.mark.parametrize("shape, options", [
+    ((16, 16), {}), ((1, 5), {}), ((9, 1), {}), ((30, 8), {"epsilon": 0.2, "iterations": 5})])
+def test_sinkhorn_equals_its_original_form(shape, options):
+    scores = np.random.default_rng(0).uniform(-0.5, 0.5, shape)
+    ours = afire.sinkhorn(torch.from_numpy(scores).float(), **options)
+    np.testing.assert_allclose(ours, naive_sinkhorn(scores, **options), atol=2e-5)
+
+
+def test_sinkhorn_sums_rows_to_one_spreads_over_columns_and_survives_huge_scores():
+    scores = 0.1 * torch.randn(64, 16, generator=seeded())
+    for iterations, tolerance in (3, 0.6), (50, 0.004):
+        assignment = afire.sinkhorn(scores, iterations=iterations)
+        assert (assignment.sum(1) - 1).abs().max() < 1e-6
+        assert (assignment.sum(0) - 64 / 16).abs().max() < tolerance
+    for dtype in torch.float32, torch.bfloat16, torch.float16:
+        for size in 1e3, 1e5:
+            assert (afire.sinkhorn((size * scores).to(dtype)).sum(1) - 1).abs().max() < 1e-4
+
+
+def test_prototypes_copy_the_first_mean_then_run_each_on_its_own():
+    first, second, third = torch.randn(3, 4, 6, 5)
+    ours, loaded = afire.SpatialPrototypes(6, 5), afire.SpatialPrototypes(6, 5)
+    ours.update(first)
+    expected = first.mean(0)
+    torch.testing.assert_close(ours.prototypes, expected)
+    ours.update(second)
+    expected = 0.75 * expected + 0.25 * second.mean(0)
+    torch.testing.assert_close(ours.prototypes, expected)
+    torch.testing.assert_close(ours.assignment(), afire.sinkhorn(expected))
+
+    loaded.load_state_dict(ours.state_dict())
+    changed = third.clone()
+    changed[:, 2] += 1                                                 # position 2 in all images
+    ours.update(third, momentum=0.1)
+    loaded.update(changed, momentum=0.1)                               # not as if it were the first
+    torch.testing.assert_close(ours.prototypes, 0.1 * expected + 0.9 * third.mean(0))
+    same = (ours.prototypes == loaded.prototypes).all(1)
+    assert same.tolist() == [True, True, False, True, True, True]
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+
+def naive_structure(logits, assignment, abnormal, temperature=0.1):
+    losses = []
+    for i, j in np.ndindex(abnormal.shape):
+        if not abnormal[i, j]:
+            q = np.exp(logits[i, j] / temperature)
+            losses.append(-(assignment[j] * np.log(q / q.sum())).sum())
+    return sum(losses) / max(len(losses), 1)
+
+
+def naive_category(logits, prototypes, abnormal, temperature=0.1):
+    """At each position the prototype picks a normal token out of it and the mean abnormal one."""
+    losses = []
+    for j, p in enumerate(prototypes):
+        cosines = [q @ p / math.sqrt((q @ q) * (p @ p)) for q in logits[:, j]]
+        likeness = np.exp(np.array(cosines) / temperature)
+        normal, others = likeness[~abnormal[:, j]], likeness[abnormal[:, j]]
+        if len(others):
+            losses += [-math.log(each / (each + others.mean())) for each in normal]
+    return sum(losses) / max(len(losses), 1)
+
+
+def naive_restoration(restored, target, _):
+    return sum((a - b) ** 2 for a, b in zip(restored.flat, target.flat)) / restored.size
+
+
+LOSSES = {"structure": (afire.structure_consistency_loss, naive_structure),
+          "category": (afire.category_consistency_loss, naive_category),
+          "restoration": (lambda a, b, _: afire.restoration_loss(a, b), naive_restoration)}
+
+
+def loss_input(name, batch=5, share=0.4):
+    """Student logits (B, 6, 4), what they are compared with, and a random share of abnormal."""
+    logits = torch.rand(batch, 6, 4, generator=seeded(1)) * 2 - 1
+    other = torch.rand(batch, 6, 4, generator=seeded(2)) * 2 - 1
+    other = {"structure": other[0].softmax(1), "category": other[0], "restoration": other}[name]
+    return logits, other, torch.rand(batch, 6, generator=seeded(3)) < share
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("batch, share", [(5, 0.4), (1, 0.4), (4, 0), (4, 1), (12, 0.1)])
+def test_loss_and_gradient_equal_a_naive_loop_and_its_differences(name, batch, share):
+    loss, naive = LOSSES[name]
+    logits, *others = loss_input(name, batch, share)
+    value = loss(logits.requires_grad_(), *others)
+    value.backward()
+    x, *others = (each.detach().numpy() for each in (logits.double(), *others))
+    assert value.item() == pytest.approx(naive(x, *others), abs=1e-5)
+    for index in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[index] = 1e-5
+        slope = (naive(x + step, *others) - naive(x - step, *others)) / 2e-5
+        assert logits.grad[index].item() == pytest.approx(slope, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_loss_of_half_precision_is_finite_and_computed_in_full(name, dtype, share):
+    logits, *others = loss_input(name, share=share)
+    for scale in 1, 1000:                                              # its square is not in fp16
+        x = (scale * logits).to(dtype).requires_grad_()
+        value = LOSSES[name][0](x, *others)
+        value.backward()
+        assert value.isfinite() and value.dtype == torch.float32 and x.grad.isfinite().all()
+        assert value.item() == pytest.approx(LOSSES[name][0](x.float(), *others).item(), rel=1e-5)
+
+
+def test_category_loss_is_zero_for_one_category_and_log_2_at_chance():
+    logits, prototypes, abnormal = loss_input("category")
+    abnormal[:, :2], abnormal[:, 2:4], abnormal[1:, 4:] = False, True, False
+    abnormal[0, 4:] = True                                             # both at positions 4 and 5
+    value = afire.category_consistency_loss(logits.requires_grad_(), prototypes, abnormal)
+    value.backward()
+    assert value > 0 and (logits.grad[:, :4] == 0).all() and (logits.grad[:, 4:] != 0).any()
+    assert afire.category_consistency_loss(logits[:, :4], prototypes[:4], abnormal[:, :4]) == 0
+    alike = afire.category_consistency_loss(logits[:1].expand(5, -1, -1), prototypes, abnormal)
+    assert alike.item() == pytest.approx(math.log(2), abs=1e-5)
+
+# --------------------------------------------------------------------------------------------------
+# AFiRe
+# --------------------------------------------------------------------------------------------------
+
+def tiny_model(**options):
+    torch.manual_seed(0)
+    return afire.AFiRe(**{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1,
+                          "num_heads": 2, "out_dim": 16, "head_dim": 64, "decoder_dim": 32,
+                          "decoder_depth": 1, "decoder_heads": 2, **options}).train()
+
+
+def tiny_batch():
+    images = phantom_images(160, 32)[:6]
+    return images, *afire.synthetic_lesion_mask(images, seeded())
+
+
+def test_forward_equals_its_parts():
+    model, (normal, lesioned, mask) = tiny_model(weights=(2.0, 0.0, 5.0)), tiny_batch()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))                 # ImageNet's
+    x, x_lesioned = (normal - mean) / std, (lesioned - mean) / std
+    abnormal = torch.tensor([[patch.max() > 0 for patch in image]
+                             for image in afire.patchify(mask, 8)])
+    with torch.no_grad():
+        prototypes = model.teacher.head(model.teacher.encoder(x)[:, 1:]).mean(0)
+        tokens = model.student.encoder(x_lesioned)
+        logits = model.student.head(tokens[:, 1:])
+        expected = {
+            "structure": afire.structure_consistency_loss(
+                logits, afire.sinkhorn(prototypes), abnormal),
+            "category": afire.category_consistency_loss(logits, prototypes, abnormal),
+            "restoration": afire.restoration_loss(model.decoder(tokens, abnormal), x)}
+        expected["loss"] = 2 * expected["structure"] + 5 * expected["restoration"]
+        torch.testing.assert_close(model(normal, lesioned, mask), expected)
+
+
+def test_teacher_is_an_explicit_moving_average():
+    model = tiny_model()
+    expected = copy.deepcopy(dict(model.student.named_parameters()))
+    assert all(torch.equal(p, expected[name]) for name, p in model.teacher.named_parameters())
+    for momentum in 0.9, 0.5, 0.0, 0.99, 1.0:
+        for name, parameter in model.student.named_parameters():
+            parameter.data += torch.randn_like(parameter) * parameter.requires_grad
+            expected[name] = momentum * expected[name] + (1 - momentum) * parameter.detach()
+        model.update_teacher(momentum)
+    for name, parameter in model.teacher.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
+
+
+def test_teacher_gets_no_gradient_and_is_never_in_train_mode():
+    model = tiny_model()
+    model(*tiny_batch())["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+    for name, parameter in [*model.student.named_parameters(), *model.decoder.named_parameters()]:
+        assert not parameter.requires_grad or parameter.grad is not None, name
+    for each in model, model.eval().train():
+        assert each.student.training and not any(m.training for m in each.teacher.modules())
+
+
+def test_prototypes_are_saved_and_move_in_train_mode_only():
+    model, batch = tiny_model(), tiny_batch()
+    name, = (name for name in model.state_dict() if name.endswith("prototypes.prototypes"))
+    model(*batch)
+    first = model.state_dict()[name].clone()
+    model.eval()(batch[0].flip(3), *batch[1:])
+    assert torch.equal(model.state_dict()[name], first) and (first != 0).any()
+    model.train()(batch[0].flip(3), *batch[1:])
+    assert not torch.equal(model.state_dict()[name], first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_finite_losses_near_those_in_full(dtype):
+    full, model = tiny_model()(*tiny_batch()), tiny_model()
+    with torch.autocast("cpu", dtype):
+        losses = model(*tiny_batch())
+    losses["loss"].backward()
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(full[name].item(), 0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_short_training_learns_both_tasks():
+    images = phantom_images(160, 32)[~afire.phantoms(160, 32)[1].any(1)]
+    model, generator, history = tiny_model(), seeded(), []
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(90):
+        batch = images[torch.randperm(len(images), generator=generator)[:32]]
+        losses = model(batch, *afire.synthetic_lesion_mask(batch, generator))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        model.update_teacher(0.97)
+        history.append([losses[name].item() for name in ("structure", "category", "restoration")])
+    structure, category, restoration = np.mean(history[-15:], 0)
+    assert structure < 0.5 * history[0][0] and restoration < 0.3 * history[0][2]
+    assert category < 0.95 * math.log(2), "below chance"
+
+# --------------------------------------------------------------------------------------------------
+# Data: files, labels, boxes
+# --------------------------------------------------------------------------------------------------
+
+GREY = np.random.default_rng(0).integers(0, 256, (24, 24), np.uint8)
+COLOUR = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
+DEEP = np.random.default_rng(2).integers(900, 3000, (24, 24), np.uint16)
+SCALED = (DEEP - float(DEEP.min())) / (float(DEEP.max()) - DEEP.min()) * 255
+PALETTE = Image.fromarray(COLOUR).quantize(16)
+LUMA = [0.299, 0.587, 0.114]
+
+
+@pytest.mark.parametrize("name, image, expected, tolerance", [
+    ("grey.png", GREY, GREY, 0), ("grey.bmp", GREY, GREY, 0), ("grey.jpg", GREY, GREY, 40),
+    ("bits.png", GREY > 99, 255 * (GREY > 99), 0), ("rgb.png", COLOUR, COLOUR @ LUMA, 1),
+    ("rgba.png", np.dstack([COLOUR, GREY]), COLOUR @ LUMA, 1),
+    ("grey_alpha.png", np.dstack([GREY, GREY.T]), GREY, 0),
+    ("palette.png", PALETTE, np.asarray(PALETTE.convert("RGB")) @ LUMA, 1),
+    ("deep.png", DEEP, SCALED, 1), ("deep.tif", DEEP, SCALED, 1),
+    ("float.tiff", DEEP.astype(np.float32) / 7e6 - 1, SCALED, 1),
+    ("flat.png", np.full((24, 24), 700, np.uint16), 0, 0),
+    ("wide.png", np.tile(np.linspace(0, 255, 120), (40, 1)).astype(np.uint8),
+     np.linspace(0, 255, 24), 6)])                                     # squashed, not cropped
+def test_any_kind_of_file_becomes_a_grey_square(tmp_path, name, image, expected, tolerance):
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(tmp_path / name)
+    pixels = afire.read_image(tmp_path / name, 24)
+    assert pixels.shape == (24, 24) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(float) - expected).max() <= tolerance
+
+
+def save_images(folder, *names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(GREY, i)).save(folder / name)
+
+
+def load(data, **options):
+    return afire.load_radiographs(argparse.Namespace(**{
+        "data": str(data), "root": None, "labels": None, "cache": None, "img_size": 24,
+        "test_fraction": 0.5, "out": str(data.parent / "run"), **options}))
+
+
+def names(data, rows=slice(None)):
+    return [data.records[i]["path"].name for i in np.arange(len(data.records))[rows]]
+
+
+def assert_split_by_patient(data, patient_of, patients):
+    train, test = ({patient_of(name) for name in names(data, rows)}
+                   for rows in (data.train, data.test))
+    assert train and test and not train & test and len(train | test) == patients
+
+
+def test_class_folders_tell_findings_and_split(tmp_path):
+    save_images(tmp_path / "d", "train/NORMAL/a.png", "train/EFFUSION/b.png", "test/MASS/e.bmp",
+                "test/No_Finding/c.JPG", "train/NORMAL/f.tif")
+    (tmp_path / "d/train/NORMAL/readme.txt").write_text("no image")
+    data = load(tmp_path / "d")
+    assert list(data.findings) == ["EFFUSION", "MASS"] and data.labels.shape == (5, 2)
+    assert sorted(names(data, data.train)) == ["a.png", "b.png", "f.tif"]
+    assert sorted(names(data, data.test)) == ["c.JPG", "e.bmp"]
+    assert sorted(names(data, data.labels.any(1))) == ["b.png", "e.bmp"]
+    image = data.images[names(data).index("f.tif"), 0]
+    assert np.array_equal(image, np.roll(GREY, 4)), "image and name go together"
+
+
+def test_a_list_file_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
+    files = [f"{patient:08}_{view:03}.png" for patient in range(12) for view in range(3)]
+    save_images(tmp_path / "images", *files)
+    flags = {file: ["0 0", "1 0", "0 1", "1 1"][i % 4] for i, file in enumerate(files)}
+    (tmp_path / "list.txt").write_text("\n".join(f"{f} {flags[f]}" for f in files) + "\n\n")
+    data = load(tmp_path / "list.txt", root=str(tmp_path / "images"))
+    for name, label in zip(names(data), data.labels, strict=True):
+        assert " ".join(str(int(each)) for each in label) == flags[name]
+    assert_split_by_patient(data, lambda name: name[:8], 12)
+
+
+def test_a_csv_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
+    told = {"Mass|Edema": [True, True], "No Finding": [False, False], "Edema": [True, False]}
+    save_images(tmp_path / "d", *[f"{i}.png" for i in range(30)], "unlabelled.png")
+    lines = [f"{i}.png,{list(told)[i % 3]},p{i // 3}" for i in range(30)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,findings,patient", *lines]))
+    data = load(tmp_path / "d", labels=str(tmp_path / "labels.csv"))
+    assert list(data.findings) == ["Edema", "Mass"] and len(data.images) == 30
+    for name, label in zip(names(data), data.labels, strict=True):
+        assert label.tolist() == list(told.values())[int(Path(name).stem) % 3]
+    assert_split_by_patient(data, lambda name: int(Path(name).stem) // 3, 10)
+
+
+def test_boxes_become_masks_of_the_squashed_image(tmp_path):
+    save_images(tmp_path / "d", "b.png")
+    Image.new("L", (48, 96)).save(tmp_path / "d/a.png")                # 48 wide, 96 high
+    (tmp_path / "boxes.csv").write_text("image,finding,x,y,w,h\nelsewhere.png,Mass,1,1,1,1\n"
+                                        "a.png,Mass,8,16,4,32\na.png,Mass,40,88,99,99")
+    data = load(tmp_path / "d")
+    afire.read_boxes(str(tmp_path / "boxes.csv"), data)
+    expected = np.zeros((24, 24), bool)
+    expected[4:12, 4:6] = expected[22:, 20:] = True
+    masks = {record["name"]: record["mask"] for record in data.records if "mask" in record}
+    assert list(masks) == ["a.png"] and np.array_equal(masks["a.png"], expected)
+
+
+def test_the_cache_is_read_again_and_renewed_when_a_file_changes(tmp_path):
+    def read():
+        images, readable = afire.cached_images([tmp_path / "a.bmp", tmp_path / "b.bmp"], 24,
+                                               tmp_path / "cache")
+        assert readable.all() and isinstance(images, np.memmap)
+        files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*.npy")}
+        return images[:, 0].tolist(), files
+
+    save_images(tmp_path, "a.bmp", "b.bmp")
+    images, before = read()
+    assert images == [GREY.tolist(), np.roll(GREY, 1).tolist()]
+    assert read() == (images, before)
+    Image.fromarray(GREY.T).save(tmp_path / "b.bmp")                   # of the same size in bytes
+    images, after = read()
+    assert images == [GREY.tolist(), GREY.T.tolist()] and set(after) > set(before)
+
+
+def test_unreadable_files_are_named_counted_and_skipped(tmp_path, capsys):
+    save_images(tmp_path / "d", "a.png", "b.png", "whole.png")
+    (tmp_path / "d/broken.png").write_bytes(b"no image at all")
+    (tmp_path / "d/cut.png").write_bytes((tmp_path / "d/whole.png").read_bytes()[:300])
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "d/nan.tif")
+    for _ in range(2):                                                 # from the cache, too
+        data = load(tmp_path / "d")
+        used = sorted(names(data, data.train) + names(data, data.test))
+        assert used == ["a.png", "b.png", "whole.png"]
+        told = capsys.readouterr().out
+        assert all(each in told for each in ("broken.png", "cut.png", "nan.tif", "3 of 6"))
+
+# --------------------------------------------------------------------------------------------------
+# Data: phantoms
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [32, 65, 224])
+def test_phantoms_have_masks_exactly_where_labels_say(size):
+    images, labels, masks, findings = afire.phantoms(24, size)
+    assert set(findings) == {"nodule", "effusion", "cardiomegaly", "pneumothorax"}
+    assert images.shape == (24, 1, size, size) and images.dtype == np.uint8
+    assert labels.shape == (24, 4) and masks.shape == (24, 4, size, size)
+    assert labels.dtype == masks.dtype == bool and np.array_equal(masks.any((2, 3)), labels)
+    assert labels.any(0).all() and not labels.any(1).all() and images.std((2, 3)).min() > 20
+
+
+def test_phantoms_depend_on_seed_and_index_alone():
+    for few, many in zip(afire.phantoms(2, 40, seed=3), afire.phantoms(4, 40, seed=3)):
+        assert np.array_equal(few[:2], many[:2])                       # the names as well
+    images = np.concatenate([afire.phantoms(4, 40, seed=seed)[0] for seed in (3, 4)])
+    assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
+
+# --------------------------------------------------------------------------------------------------
+# Encoders from files
+# --------------------------------------------------------------------------------------------------
+
+WIDE = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["ours", "encoder.pth", "timm", "dino"])
+def test_load_encoder_knows(tmp_path, kind):
+    model, vit = tiny_model(**WIDE), timm_vit(**WIDE)
+    for parameter in model.teacher.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)            # the student is another
+    backbone = {f"module.backbone.{key}": value for key, value in vit.state_dict().items()}
+    state, expected = {
+        "ours": ({"model": model.state_dict(), "epoch": 3}, model.teacher.encoder),
+        "encoder.pth": (model.teacher.encoder.state_dict(), model.teacher.encoder),
+        "timm": ({**vit.state_dict(), "head.weight": torch.zeros(9, 128)}, vit.forward_features),
+        "dino": ({"student": {key: 0 * value for key, value in backbone.items()},
+                  "teacher": {**backbone, "module.head.last_layer.weight_g": torch.ones(9, 1)},
+                  "args": argparse.Namespace(arch="vit_small")}, vit.forward_features)}[kind]
+    torch.save(state, tmp_path / "file.pth")
+    images = torch.randn(2, 3, 32, 32)
+    tokens = afire.load_encoder(tmp_path / "file.pth")(images)
+    torch.testing.assert_close(tokens, expected(images), atol=1e-5, rtol=1e-4)
+
+
+def test_load_encoder_interpolates_positions(tmp_path):
+    state = timm_vit(**WIDE).state_dict()
+    torch.save(state, tmp_path / "file.pth")
+    vit = afire.load_encoder(tmp_path / "file.pth", img_size=56)
+    grid = state["pos_embed"][0, 1:, :4].reshape(4, 4, 4).numpy()
+    expected = cv2.resize(grid, (7, 7), interpolation=cv2.INTER_CUBIC).reshape(49, 4)
+    np.testing.assert_allclose(vit.pos_embed[0, 1:, :4], expected, atol=1e-5)
+    assert torch.equal(vit.pos_embed[:, 0], state["pos_embed"][:, 0])
+    assert vit(torch.randn(1, 3, 56, 56)).shape == (1, 50, 128)
+
+
+class Trap:
+    """Unpickled carelessly, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda each, file: file.write_bytes(
+    pickle.dumps(each, protocol=2))], ids=["torch", "pickle"])
+def test_load_encoder_runs_no_code_from_the_file(tmp_path, save):
+    save({"model": Trap(tmp_path / "sprung")}, tmp_path / "file.pth")
+    with pytest.raises((pickle.UnpicklingError, afire.InputError)):
+        afire.load_encoder(tmp_path / "file.pth")
+    assert not (tmp_path / "sprung").exists()
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_detection_is_scikit_learns_with_many_ties(levels, seed):
+    random = np.random.default_rng(seed)
+    scores, labels = random.integers(0, levels, 99) / 7, random.random(99) < 0.3
+    weights, close = random.integers(1, 4, 99), functools.partial(pytest.approx, abs=1e-12)
+    area, precision = sklearn.metrics.roc_auc_score, sklearn.metrics.average_precision_score
+    found = afire.detection(scores, labels)
+    assert afire.auroc(scores, labels) == found["auroc"] == close(area(labels, scores))
+    assert found["ap"] == close(precision(labels, scores))
+    dice = [sklearn.metrics.f1_score(labels, scores >= each) for each in np.unique(scores)]
+    assert found["dice"] == close(max(dice))
+    found = afire.detection(scores, labels, weights)                   # repeats, as in a bootstrap
+    assert found["auroc"] == close(area(labels, scores, sample_weight=weights))
+    for one_class in np.zeros(99, bool), np.ones(99, bool):
+        assert math.isnan(afire.auroc(scores, one_class))
+        assert all(math.isnan(value) for value in afire.detection(scores, one_class).values())
+
+
+def test_linear_probe_is_scikit_learns():
+    random = np.random.default_rng(0)
+    x = random.normal(5, random.uniform(0.1, 30, 40), (300, 40))
+    y = x / x.std(0) @ random.normal(size=(40, 3)) + random.normal(0, 3, (300, 3))
+    y = np.c_[y > np.quantile(y, 0.8, 0), np.zeros(300, bool)]         # the last has one class
+    scores = afire.linear_probe(torch.from_numpy(x[:200]).float(), y[:200],
+                                torch.from_numpy(x[200:]).float())
+    assert scores.shape == (100, 4) and np.isnan(scores[:, 3]).all()
+    x = (x - x[:200].mean(0)) / x[:200].std(0)
+    for ours, labels in zip(scores.T[:3], y.T):
+        theirs = sklearn.linear_model.LogisticRegression(C=0.1, tol=1e-8, max_iter=1000)
+        theirs = theirs.fit(x[:200], labels[:200]).decision_function(x[200:])
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.999 and np.abs(ours - theirs).max() < 0.05
+
+
+@pytest.mark.parametrize("apart", [0, 1, 10])
+def test_silhouette_is_scikit_learns(apart):
+    cluster = torch.tensor([0, 0, 1, 2, 2, 2, 3, 3] * 5 + [4])         # the last one is alone
+    points = torch.randn(41, 6, generator=seeded()) + apart * cluster.unsqueeze(1)
+    expected = sklearn.metrics.silhouette_score(points.numpy(), cluster.numpy())
+    assert afire.silhouette(points, cluster) == pytest.approx(expected, abs=1e-4)
+
+
+def test_anomaly_scores_point_at_what_normal_images_never_show():
+    images, model = phantom_images(160, 32), tiny_model().eval()
+    score_maps = afire.AnomalyScores(model, images[:150].split(50))
+    odd = images[150:].clone()
+    odd[:, :, 8:16, 16:24] = torch.rand(10, 1, 8, 8, generator=seeded())  # one token is noise
+    maps = score_maps(odd)
+    assert {"restoration", "prototype", "position"} <= set(maps)
+    assert all(each.shape == (10, 32, 32) and each.isfinite().all() for each in maps.values())
+    there, elsewhere = maps["position"][:, 12, 20], maps["position"].clone()
+    elsewhere[:, 4:20, 12:28] = 0
+    assert (there > elsewhere.flatten(1).amax(1)).all()
+    assert (there > score_maps(images[150:])["position"][:, 12, 20]).all()
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+def shell(*arguments):
+    return subprocess.run([sys.executable, afire.__file__, *arguments], timeout=170,
+                          capture_output=True, text=True, check=False)
+
+
+def pretraining(data, out):
+    """A small pre-training as a command."""
+    return (f"pretrain --data {data} --out {out} --preset small --arch vit_micro --img-size 32 "
+            "--patch-size 8 --epochs 2 --warmup-epochs 1 --batch-size 8 --device cpu --amp none"
+            ).split()
+
+
+@pytest.fixture(scope="session")
+def radiographs(tmp_path_factory):
+    """72 phantoms in class folders, a third of them held out, and one broken file."""
+    folder = tmp_path_factory.mktemp("radiographs")
+    images, labels, _, findings = afire.phantoms(72, 40)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        name = findings[label.argmax()].upper() if label.any() else "NORMAL"
+        file = folder / ("train" if i % 3 else "test") / name / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(file)
+    (folder / "train/NORMAL/broken.png").write_bytes(b"no image at all")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(radiographs, tmp_path_factory):
+    """The folder of a pre-training from the shell."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = shell(*pretraining(radiographs, out))
+    assert done.returncode == 0, done.stderr
+    assert "broken.png" in done.stdout
+    return out
+
+
+def load_run(folder):
+    """Its checkpoint, and the lines of its log."""
+    return (torch.load(folder / "checkpoint.pth", weights_only=True),
+            (folder / "log.jsonl").read_text().splitlines())
+
+
+def test_pretrain_leaves_what_it_should(run, radiographs):
+    checkpoint, log = load_run(run)
+    assert len(log) == 2 and list(run.glob("*.png"))
+    for record in map(json.loads, log):
+        assert all(math.isfinite(record[name]) for name in (
+            "loss", "structure", "category", "restoration"))
+    assert json.loads((run / "config.json").read_text())["patch_size"] == 8
+    normal = len(list(radiographs.glob("train/NORMAL/*.png"))) - 1     # not the broken one
+    steps = [int(value) for key, value in checkpoint["model"].items() if key.endswith("updates")]
+    assert steps == [2 * (normal // 8)], "a step takes 8 of the normal training images"
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(*(afire.load_encoder(run / name)(images)
+                         for name in ("checkpoint.pth", "encoder.pth")))
+
+
+def test_eval_writes_metrics_and_figures(run):
+    done = shell("eval", "--ckpt", str(run / "checkpoint.pth"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert list((run / "eval").glob("*.png"))
+    report = json.loads((run / "eval/metrics.json").read_text(), parse_constant=pytest.fail)
+    assert report["checkpoint"] != report["random_init"]
+    for each in report["checkpoint"], report["random_init"]:
+        assert set(each["linear"]) == {"1%", "10%", "100%"}
+        for probe in each["linear"].values():
+            assert set(probe) == {"macro_auroc", "ci95", "per_finding"} and len(probe["ci95"]) == 2
+            assert set(probe["per_finding"]) == {
+                "NODULE", "EFFUSION", "CARDIOMEGALY", "PNEUMOTHORAX"}
+        low, high = probe["ci95"]                                      # of the last, 100 %
+        mean = np.mean([value for value in probe["per_finding"].values() if value is not None])
+        assert low <= probe["macro_auroc"] <= high and probe["macro_auroc"] == pytest.approx(mean)
+        for score in "restoration", "prototype", "position":
+            found = each["anomaly"][score]
+            assert set(found) == {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "dice"}
+            assert 0 <= found["image_auroc"] <= 1
+            assert found["pixel_auroc"] is None, "nobody told where the findings are"
+        assert -1 <= each["cohesion"] <= 1
+
+
+def equal(a, b):
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_resumed_run_equals_an_unbroken_one(run, radiographs, tmp_path, monkeypatch):
+    class PowerCut(Exception):
+        pass
+
+    def update_or_break(model, momentum):
+        if (tmp_path / "checkpoint.pth").exists():                     # in the second epoch
+            raise PowerCut
+        update(model, momentum)
+
+    update, command = afire.AFiRe.update_teacher, pretraining(radiographs, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(afire.AFiRe, "update_teacher", update_or_break)
+        afire.main(command)
+    assert len(load_run(tmp_path)[1]) == 1 and not equal(load_run(tmp_path), load_run(run))
+    afire.main(command)
+    assert equal(load_run(tmp_path), load_run(run)), "weights, optimiser, log"
+    with pytest.raises(SystemExit) as stopped:                         # another run is not resumed
+        afire.main([*command, "--seed", "7"])
+    assert stopped.value.code == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(radiographs, tmp_path, monkeypatch):
+    def poison(model, _):
+        if (tmp_path / "checkpoint.pth").exists():
+            model.student.encoder.cls_token.data.fill_(math.nan)
+
+    monkeypatch.setattr(afire.AFiRe, "update_teacher", poison)
+    with pytest.raises(SystemExit, match="finite"):
+        afire.main(pretraining(radiographs, tmp_path))
+    assert all(value.isfinite().all() for value in load_run(tmp_path)[0]["model"].values())
+
+
+MISTAKES = {
+    "no such option": "pretrain --colour red",
+    "no such folder": "pretrain --data {tmp}/nowhere",
+    "an empty folder": "pretrain --data {tmp}/empty",
+    "no readable file": "pretrain --data {tmp}/broken",
+    "no normal image": "pretrain --data {tmp}/sick",
+    "no such labels": "pretrain --data {tmp}/fine --labels {tmp}/no.csv",
+    "labels without columns": "pretrain --data {tmp}/fine --labels {tmp}/odd.csv",
+    "no such init": "pretrain --data {tmp}/fine --init {tmp}/no.pth",
+    "an image of half patches": "pretrain --data {tmp}/fine --img-size 30",
+    "an empty batch": "pretrain --data {tmp}/fine --batch-size 0",
+    "no such checkpoint": "eval --ckpt {tmp}/nowhere",
+    "not a checkpoint": "eval --ckpt {tmp}/odd.csv",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_sentence(tmp_path, capsys, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    save_images(tmp_path, "broken/a.png", "sick/MASS/a.png", "sick/NORMAL/b.png", "fine/a.png")
+    for file in "sick/NORMAL/b.png", "broken/a.png":
+        (tmp_path / file).write_bytes(b"no image at all")
+    (tmp_path / "odd.csv").write_text("file,label\na.png,1\n")
+    with pytest.raises(SystemExit) as stopped:
+        afire.main(MISTAKES[mistake].format(tmp=tmp_path).split())
+    assert stopped.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "afire.py: " in line]
+    assert len(told) == 1 and len(told[0]) > 30
+
+
+def test_a_mistake_in_the_shell_leaves_no_traceback(tmp_path):
+    done = shell("pretrain", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "nowhere" in done.stderr
