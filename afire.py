@@ -1133,8 +1133,8 @@ def plot_losses(history, file):
 
 def plot_anomalies(score_maps, data, device, file):
     """Test images and their maps, truth outlined: real findings if located, else fresh lesions."""
-    located = [i for i in data.test if np.any(data.records[i].get("mask"))][:8]
-    images = to_device(data.images[located or data.test[:8]], device)
+    located = [i for i in data.test if np.any(data.records[i].get("mask"))][:5]
+    images = to_device(data.images[located or data.test[:5]], device)
     truth = [data.records[i]["mask"] for i in located]
     if not located:
         images, mask = synthetic_lesion_mask(images, torch.Generator().manual_seed(0))

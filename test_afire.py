@@ -213,7 +213,8 @@ def test_decoder_sees_all_but_the_masked_tokens():
 
 @torch.no_grad()
 def test_head_equals_a_loop_over_weight_normalised_layers():
-    head, tokens = afire.AnatomyHead(12, 9, 7, hidden_dim=20, bottleneck_dim=5), torch.randn(3, 9, 12)
+    head = afire.AnatomyHead(12, 9, 7, hidden_dim=20, bottleneck_dim=5)
+    tokens = torch.randn(3, 9, 12)
     for position, logits in enumerate(head(tokens).unbind(1)):
         layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 7, bias=False))
         layer.parametrizations.weight.original0.fill_(1)
