@@ -702,9 +702,17 @@ def build_model(args):
         "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3, decoder_dim=192, decoder_heads=6),
         "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
         "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
+    if args.arch not in sizes:
+        raise InputError(f"--arch {args.arch} is none of {', '.join(sizes)}")
     torch.manual_seed(args.seed)
     weights = (args.structure_weight, args.category_weight, args.restoration_weight)
     return AFiRe(args.img_size, args.patch_size, weights=weights, **sizes[args.arch])
+
+def find_device(name):
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not to be had here: name another") from error
 
 def to_device(images, device):
     """uint8 array (B, 1, S, S) -> float tensor in [0, 1] on the device, without waiting for it."""
@@ -728,16 +736,13 @@ def pretrain(args):
     if args.img_size % args.patch_size:
         raise InputError(f"--img-size {args.img_size} is not a multiple of --patch-size "
                          f"{args.patch_size}: change one of them")
-    try:
-        device = torch.zeros((), device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device} is not to be had: name another") from error
-    out = Path(args.out)
+    device, out = find_device(args.device), Path(args.out)
     ckpt, log_file = out / "checkpoint.pth", out / "log.jsonl"
     config = {key: value for key, value in vars(args).items()
               if key not in ("verb", "device", "cache", "out")}
     data = load_radiographs(args)
     normals = data.train[~data.labels[data.train].any(1)]
+    print(f"preset {args.preset} on {device}, in {out}")
     print(f"pre-training on {len(normals)} images; left out: {len(data.train) - len(normals)} with "
           f"findings, {len(data.test)} held out for testing"
           + ("" if data.findings else "; nothing is known of findings, all count as normal"))
@@ -1066,7 +1071,7 @@ def evaluate(args):
     moved = {"root": None, "labels": None} if "data" in given else {}
     args = argparse.Namespace(**{**checkpoint["config"], "cache": None, "out": str(ckpt.parent),
                                  "boxes": None, **moved, **given})
-    device, out = torch.device(args.device), ckpt.parent / "eval"
+    device, out = find_device(args.device), ckpt.parent / "eval"
     data = load_radiographs(args)
     if args.boxes and args.data:
         read_boxes(args.boxes, data)
@@ -1178,7 +1183,7 @@ def parse_arguments(argv=None):
          "vit_base"),
         ("--img-size", "side of the square that images are squashed to, in pixels", 64, 64, 224),
         ("--patch-size", "side of a token's patch, in pixels", 8, 8, 16),
-        ("--epochs", "an epoch is each normal image once", 13, 40, 400),
+        ("--epochs", "an epoch is each normal image once", 11, 40, 400),
         ("--warmup-epochs", "epochs of linear warm-up", 2, 3, 10),
         ("--batch-size", "images in a step", 16, 32, 64),
         ("--lr", "peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
