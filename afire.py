@@ -490,7 +490,7 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
                          if part not in ("train", "val", "test")), "") for record in records]
         if any(is_normal(each) for each in classes):
             for record, each in zip(records, classes):
-                record["findings"] = set() if is_normal(each) else {each}
+                record["findings"] = set() if is_normal(each) else {each or "unsorted"}
     else:
         raise InputError(f"--data {data} is neither a folder of images nor a list of them")
     if labels:
@@ -1183,7 +1183,7 @@ def parse_arguments(argv=None):
          "vit_base"),
         ("--img-size", "side of the square that images are squashed to, in pixels", 64, 64, 224),
         ("--patch-size", "side of a token's patch, in pixels", 8, 8, 16),
-        ("--epochs", "an epoch is each normal image once", 11, 40, 400),
+        ("--epochs", "an epoch is each normal image once", 10, 40, 400),
         ("--warmup-epochs", "epochs of linear warm-up", 2, 3, 10),
         ("--batch-size", "images in a step", 16, 32, 64),
         ("--lr", "peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
