@@ -709,6 +709,7 @@ def build_model(args):
     return AFiRe(args.img_size, args.patch_size, weights=weights, **sizes[args.arch])
 
 def find_device(name):
+    """The device of this name, after a trial: a GPU that is not there is told before any work."""
     try:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -739,7 +740,7 @@ def pretrain(args):
     device, out = find_device(args.device), Path(args.out)
     ckpt, log_file = out / "checkpoint.pth", out / "log.jsonl"
     config = {key: value for key, value in vars(args).items()
-              if key not in ("verb", "device", "cache", "out")}
+              if key not in ("verb", "device", "out")}
     data = load_radiographs(args)
     normals = data.train[~data.labels[data.train].any(1)]
     print(f"preset {args.preset} on {device}, in {out}")
@@ -753,7 +754,7 @@ def pretrain(args):
     if ckpt.exists():
         checkpoint = read_checkpoint(ckpt)
         start, before = checkpoint["epoch"], checkpoint["config"]
-        changed = [key for key in config if config[key] != before.get(key)]
+        changed = [key for key in config if key != "cache" and config[key] != before.get(key)]
         if changed:
             raise InputError(f"{out} holds a run with {changed[0]} {before.get(changed[0])}: repeat"
                              " that to go on with it, else name another --out")
@@ -1037,30 +1038,32 @@ def evaluate_model(model, data, device):
     fit = random.permutation(data.train[normal[data.train]])[:1000]
     test = random.permutation(data.test)
     rows = np.sort(np.concatenate([test[normal[test]][:500], test[~normal[test]][:500]]))
-    if model.prototypes.updates == 0:             # untrained: the mean over normal images
-        model.prototypes.update(model.teacher.head(model.features(images(fit))))
     score_maps = AnomalyScores(model, (images(part) for part in batches(fit)))
+    if model.prototypes.updates == 0:             # untrained: the mean over normal images
+        model.prototypes.update(model.teacher.head(score_maps.normals.transpose(0, 1)))
 
     nowhere = np.zeros(data.images.shape[-2:], bool)
     masks = np.stack([data.records[i].get("mask", nowhere) for i in rows])
     healthy = images(rows[normal[rows]])
     lesioned, lesions = synthetic_lesion_mask(healthy, torch.Generator().manual_seed(0))
     lesions = torch.cat([torch.zeros_like(lesions), lesions]).squeeze(1).cpu().numpy() > 0
+    has_lesion = lesions.any((1, 2))
     tokens = model.features(healthy[:24]).cpu()                                # (24, L, D)
     return {"linear": {f"{percent}%": evaluate_probe(features, data, percent / 100)
                        for percent in (1, 10, 100)},
             "anomaly": evaluate_anomaly(score_maps, images(rows), ~normal[rows], masks,
                                         normal[rows] | masks.any((1, 2))),
-            "synthetic": evaluate_anomaly(score_maps, torch.cat([healthy, lesioned]),
-                                          lesions.any((1, 2)), lesions, lesions.any((1, 2)) >= 0),
+            "synthetic": evaluate_anomaly(score_maps, torch.cat([healthy, lesioned]), has_lesion,
+                                          lesions, np.ones_like(has_lesion)),
             "cohesion": silhouette(tokens.flatten(0, 1),
                                    torch.arange(tokens.shape[1]).repeat(len(tokens)))}, score_maps
 
 def evaluate(args):
     """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
     given = vars(args)
-    ckpt = Path(given.get("ckpt") or max(Path("runs").glob("*/checkpoint.pth"), default="runs/*",
-                                         key=lambda file: file.stat().st_mtime))
+    ckpt = Path(given.get("ckpt") or max(
+        Path("runs").glob("*/checkpoint.pth"), default="runs/*/checkpoint.pth",
+        key=lambda file: file.stat().st_mtime))
     ckpt = ckpt / "checkpoint.pth" if ckpt.is_dir() else ckpt
     if not ckpt.is_file():
         raise InputError(f"there is no {ckpt}: make one with `python afire.py pretrain`, or "
@@ -1069,8 +1072,8 @@ def evaluate(args):
     if "config" not in checkpoint:
         raise InputError(f"{ckpt} is not a checkpoint of `pretrain`: name its checkpoint.pth")
     moved = {"root": None, "labels": None} if "data" in given else {}
-    args = argparse.Namespace(**{**checkpoint["config"], "cache": None, "out": str(ckpt.parent),
-                                 "boxes": None, **moved, **given})
+    args = argparse.Namespace(**{"boxes": None, **checkpoint["config"], "out": str(ckpt.parent),
+                                 **moved, **given})
     device, out = find_device(args.device), ckpt.parent / "eval"
     data = load_radiographs(args)
     if args.boxes and args.data:
@@ -1159,15 +1162,18 @@ def plot_tokens(models, data, device, file):
     """Tokens on their first two principal components, in the colour of their position."""
     images = to_device(data.images[data.test[:24]], device)
 
+    tokens = [model.features(images).cpu() for model in models]                # (B, L, D) each
+    side = math.isqrt(tokens[0].shape[1])
+    y, x = np.mgrid[0:1:1j * side, 0:1:1j * side]
+    colour = np.stack([x, y, 1 - x], 2)                                        # (side, side, 3)
+
     def draw(axis, row, column):
-        tokens = models[max(0, column - 1)].features(images).cpu()             # (B, L, D)
-        y, x = np.mgrid[0:1:1j * math.isqrt(tokens.shape[1]), 0:1:1j * math.isqrt(tokens.shape[1])]
-        colour = np.stack([x, y, 1 - x], 2)                                    # (side, side, 3)
         if column == 0:
             axis.imshow(images[0, 0].cpu(), cmap="gray", extent=(0, 1, 1, 0))
             axis.imshow(colour, alpha=0.5, extent=(0, 1, 1, 0))
         else:
-            points = tokens.flatten(0, 1) - tokens.mean((0, 1))
+            points = tokens[column - 1].flatten(0, 1)
+            points = points - points.mean(0)
             plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
             axis.scatter(*plane.T, s=2, c=np.tile(colour.reshape(-1, 3), (len(images), 1)))
 
