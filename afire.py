@@ -76,13 +76,14 @@ def largest_region(bright, rounds=8):
     for dy, dx, mine, theirs in ((0, 1, ne | se, nw | sw), (1, 0, sw | se, nw | ne),
                                  (1, 1, se, nw), (1, -1, sw, ne)):
         touch = mine & theirs.roll((-dy, -dx), (1, 2))
-        links += [(-dy, -dx, touch), (dy, dx, touch.roll((dy, dx), (1, 2)))]
+        links += [(-dy, -dx, touch.int()), (dy, dx, touch.roll((dy, dx), (1, 2)).int())]
     pointer = torch.arange(h * w, device=bright.device).expand(B, -1)          # (B, h * w)
     for _ in range(rounds):
-        grid = best = pointer.reshape(B, h, w)
+        grid = best = pointer.view(B, h, w).int()
         for dy, dx, touch in links:
             best = torch.maximum(best, grid.roll((dy, dx), (1, 2)) * touch)
-        pointer = best.flatten(1).scatter_reduce(1, pointer, best.flatten(1), "amax")
+        best = best.flatten(1).long()
+        pointer = best.scatter_reduce(1, pointer, best, "amax")
         pointer = pointer.gather(1, pointer)
         pointer = pointer.gather(1, pointer)
     pixels = blocks.sum((2, 4)).flatten(1)                                     # (B, h * w)
@@ -97,16 +98,17 @@ def enclosing_circle_centre(region, steps=100):
     within 2 px at 224. The farthest point is the first or the last of its row.
     """
     B, H, W = region.shape
-    y = torch.arange(H, device=region.device, dtype=torch.float).expand(B, H)
     x = torch.arange(W, device=region.device, dtype=torch.float)
-    first, last = torch.where(region, x, W).amin(2), torch.where(region, x, -1).amax(2)  # (B, H)
-    points = torch.stack([y, first, y, last], 2).view(B, 2 * H, 2)
-    inside = region.any(2).repeat_interleave(2, 1).unsqueeze(2)                # (B, 2H, 1)
+    y = torch.arange(H, device=region.device, dtype=torch.float).repeat(B, 2)
+    ends = [torch.where(region, x, W).amin(2), torch.where(region, x, -1).amax(2)]
+    points = torch.complex(torch.cat(ends, 1), y)                              # (B, 2H), x + iy
+    inside = region.any(2).repeat(1, 2)
     centre = (points * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
+    points = torch.where(inside, points, centre)
     for i in range(2, steps + 2):
-        farthest = ((points - centre) ** 2 * inside).sum(2).argmax(1)          # (B,)
-        centre = centre + (points[torch.arange(B), farthest].unsqueeze(1) - centre) / i
-    return centre.squeeze(1)
+        farthest = points.gather(1, (points - centre).abs().argmax(1, keepdim=True))
+        centre = centre + (farthest - centre) / i                              # (B, 1)
+    return torch.cat([centre.imag, centre.real], 1)
 
 def synthetic_lesion_mask(images, generator=None):
     """Adds 1 to 4 synthetic lesions to each image [P: Fig. 2; R: the numbers; D: what is clipped].
@@ -441,35 +443,31 @@ class Radiographs:
 def is_normal(name):
     """Does a folder or a label of this name mean "no finding"?"""
     letters = re.sub(r"[\W_]", "", name.lower())
-    return letters.removesuffix("s") in ("normal", "nofinding", "healthy")
+    return letters.removesuffix("s") in ("", "normal", "nofinding", "healthy")
 
 def read_csv(file, columns):
-    """-> a dictionary for each line, after a check of the columns."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a CSV file: {error}") from error
-    missing = set(columns) - set(reader.fieldnames or [])
+    """-> a dictionary for each line."""
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
+        rows = list(csv.DictReader(stream))
+    missing = [column for column in columns if not rows or rows[0].get(column) is None]
     if missing:
-        raise InputError(f"{file} has no column {min(missing)!r}: it needs {', '.join(columns)}")
+        raise InputError(f"{file} has no column {missing[0]!r}: it needs {', '.join(columns)}")
     return rows
 
 def read_list(file):
     """The field's lists, `relative/path 0 1 0 ...`: -> a (name, set of findings) each."""
-    lines = [re.fullmatch(r"\s*(.*?\S)((?:\s+[01])*)\s*", line).groups() for line in
-             file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    text = file.read_text("utf-8-sig", errors="replace")
+    lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
     flags = [values.split() for _, values in lines]
-    odd = [name for (name, _), each in zip(lines, flags) if len(each) != len(flags[0])]
-    if odd:
-        raise InputError(f"{file}: {odd[0]} does not have {len(flags[0])} labels as the first line "
-                         "has: give every line as many zeros and ones")
     called = [f"finding_{i + 1}" for i in range(len(flags[0]))] if flags else []
     if len(called) == 14:                         # ChestX-ray14's, in the order of its lists
-        called = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
-                  "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
-                  "Pleural_Thickening", "Hernia"]
+        called = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia "
+                  "Pneumothorax Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia"
+                  ).split()
+    for (name, _), each in zip(lines, flags):
+        if len(each) != len(called):
+            raise InputError(f"{file}: {name} has {len(each)} labels, the first line {len(called)}:"
+                             " give every line as many zeros and ones")
     return [(name, {finding for finding, flag in zip(called, each) if flag == "1"})
             for (name, _), each in zip(lines, flags)]
 
@@ -482,34 +480,34 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     if data.is_file():
         records = [{"name": name, "path": Path(root or data.parent) / name, "findings": findings}
                    for name, findings in read_list(data)]
-    elif data.is_dir():
-        suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-        records = [{"name": path.relative_to(data).as_posix(), "path": path, "findings": set()}
-                   for path in sorted(data.rglob("*")) if path.suffix.lower() in suffixes]
-        classes = [next((part for part in Path(record["name"]).parent.parts
-                         if part not in ("train", "val", "test")), "") for record in records]
-        if any(is_normal(each) for each in classes):
-            for record, each in zip(records, classes):
-                record["findings"] = set() if is_normal(each) else {each or "unsorted"}
     else:
-        raise InputError(f"--data {data} is neither a folder of images nor a list of them")
+        records = [{"name": path.relative_to(data).as_posix(), "path": path}
+                   for path in sorted(data.rglob("*"))
+                   if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")]
+        for record in records:
+            folders = [*record["name"].split("/")[:-1], "unsorted"]
+            record["findings"] = next({part} for part in folders
+                                      if part not in ("train", "val", "test"))
+        known = any(is_normal(*record["findings"]) for record in records)
+        for record in records:
+            if not known or is_normal(*record["findings"]):
+                record["findings"] = set()
     if labels:
         rows = {row["image"]: row for row in read_csv(labels, ["image", "findings"])}
+        told = [(record, rows.get(record["name"]) or rows.get(record["path"].name))
+                for record in records]
+        records = [{**record, **row} for record, row in told if row]
+        print(f"{labels} tells of {len(records)} of {len(told)} images; the others are left out")
         for record in records:
-            record["row"] = rows.get(record["name"]) or rows.get(record["path"].name)
-        known = [record for record in records if record["row"]]
-        print(f"{labels} tells of {len(known)} of {len(records)} images, the others are left out")
-        records = known
-        for record in records:
-            told = {each.strip() for each in record["row"]["findings"].split("|")} - {""}
-            record["findings"] = {each for each in told if not is_normal(each)}
+            record["findings"] = {each.strip() for each in record["findings"].split("|")
+                                  if not is_normal(each)}
     if not records:
-        raise InputError(f"--data {data} has no PNG, JPEG, BMP or TIFF image"
-                         + (f" with a line in {labels}" if labels else ""))
-    split = {Path(record["name"]).parts[0] for record in records} >= {"train", "test"}
+        raise InputError(f"--data {data} is neither a list of images nor a folder with PNG, JPEG, "
+                         "BMP or TIFF images" + (f" that {labels} tells of" if labels else ""))
+    split = {record["name"].split("/")[0] for record in records} >= {"train", "test"}
     for record in records:
         guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
-        patient = record.pop("row", {}).get("patient") or (guess[0] if guess else record["name"])
+        patient = record.get("patient") or (guess[0] if guess else record["name"])
         record["test"] = (record["name"].startswith("test/") if split else
                           zlib.crc32(patient.encode()) % 1000 < 1000 * test_fraction)
     return records
@@ -541,26 +539,26 @@ def cached_images(paths, size, cache):
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 1, size, size))
-        readable = np.ones(len(paths), bool)
 
         def decode(i):
             try:
                 images[i, 0] = read_image(paths[i], size)
+                return True
             except Exception:                     # each decoder fails in its own ways
-                readable[i] = False
+                return False
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(tqdm(pool.map(decode, range(len(paths))), "decode", len(paths), unit="image"))
+            done = pool.map(decode, range(len(paths)))
+            np.save(status, list(tqdm(done, "decode", len(paths), unit="image")))
         images.flush()
-        np.save(status, readable)
         partial.rename(file)
     readable = np.load(status)
     failed = [str(path) for path, good in zip(paths, readable) if not good]
+    if len(failed) == len(paths):
+        raise InputError(f"--data has no image that can be read: {failed[0]} and all others fail")
     if failed:
         print(f"{len(failed)} of {len(paths)} files cannot be read and are left out: "
               + ", ".join(failed[:9]) + (", ..." if len(failed) > 9 else ""))
-    if len(failed) == len(paths):
-        raise InputError("--data has no image that can be read: name another folder or list")
     return np.load(file, mmap_mode="r"), readable
 
 def load_radiographs(args):
@@ -573,8 +571,8 @@ def load_radiographs(args):
         images, labels, masks, names = phantoms(2500, args.img_size)
         readable = np.ones(len(images), bool)
         records = [{"name": f"phantom {i}", "test": i >= (1 - args.test_fraction) * len(images),
-                    "findings": {name for name, yes in zip(names, labels[i]) if yes},
-                    "mask": masks[i].any(0)} for i in range(len(images))]
+                    "findings": set(np.array(names)[labels[i]]), "mask": masks[i].any(0)}
+                   for i in range(len(images))]
     findings = sorted(set().union(*[record["findings"] for record in records]))
     labels = [[finding in record["findings"] for finding in findings] for record in records]
     test = np.array([record["test"] for record in records])
@@ -702,24 +700,14 @@ def build_model(args):
         "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3, decoder_dim=192, decoder_heads=6),
         "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
         "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
-    if args.arch not in sizes:
-        raise InputError(f"--arch {args.arch} is none of {', '.join(sizes)}")
     torch.manual_seed(args.seed)
     weights = (args.structure_weight, args.category_weight, args.restoration_weight)
     return AFiRe(args.img_size, args.patch_size, weights=weights, **sizes[args.arch])
 
-def find_device(name):
-    """The device of this name, after a trial: a GPU that is not there is told before any work."""
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here: name another") from error
-
 def to_device(images, device):
     """uint8 array (B, 1, S, S) -> float tensor in [0, 1] on the device, without waiting for it."""
     batch = torch.from_numpy(images)
-    if device.type == "cuda":
-        batch = batch.pin_memory()
+    batch = batch.pin_memory() if device.type == "cuda" else batch
     return batch.to(device, non_blocking=True).float() / 255
 
 def cosine(start, end, progress):
@@ -731,24 +719,19 @@ def pretrain(args):
 
     All that is random is a function of seed and step, so that a resumed run equals an unbroken one.
     """
-    for option in "epochs", "batch_size", "img_size", "patch_size":
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option.replace('_', '-')} must be at least 1")
-    if args.img_size % args.patch_size:
-        raise InputError(f"--img-size {args.img_size} is not a multiple of --patch-size "
-                         f"{args.patch_size}: change one of them")
-    device, out = find_device(args.device), Path(args.out)
+    device, out = args.device, Path(args.out)
     ckpt, log_file = out / "checkpoint.pth", out / "log.jsonl"
-    config = {key: value for key, value in vars(args).items()
-              if key not in ("verb", "device", "out")}
     data = load_radiographs(args)
     normals = data.train[~data.labels[data.train].any(1)]
     print(f"preset {args.preset} on {device}, in {out}")
     print(f"pre-training on {len(normals)} images; left out: {len(data.train) - len(normals)} with "
           f"findings, {len(data.test)} held out for testing"
           + ("" if data.findings else "; nothing is known of findings, all count as normal"))
-    if len(normals) == 0:
-        raise InputError(f"--data {args.data} has no image without findings: AFiRe needs some")
+    if len(normals) < args.batch_size:
+        raise InputError(f"--data {args.data} has {len(normals)} images without findings to train "
+                         f"on: fewer than --batch-size {args.batch_size}, lower it or add images")
+    config = {key: value for key, value in vars(args).items()
+              if key not in ("verb", "device", "out")}
     config["images"] = len(normals)
     checkpoint, start, history = None, 0, []
     if ckpt.exists():
@@ -762,31 +745,29 @@ def pretrain(args):
         print(f"{out} is at epoch {start} of {args.epochs}: going on from there")
 
     model = build_model(args).to(device).train()
-    if args.init and not checkpoint:
-        weights = load_encoder(args.init, args.img_size).state_dict()
-        try:
-            for network in model.student, model.teacher:
-                network.encoder.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError(f"--init {args.init} does not fit --arch {args.arch} and --patch-size "
-                             f"{args.patch_size}: change these") from error
+    if args.init:
+        weights = load_encoder(args.init).state_dict()
+        if any(weights[key].shape != value.shape
+               for key, value in model.student.encoder.state_dict().items()):
+            raise InputError(f"--init {args.init} does not fit --arch {args.arch}, --img-size "
+                             f"{args.img_size} and --patch-size {args.patch_size}: change these")
+        for network in model.student, model.teacher:
+            network.encoder.load_state_dict(weights)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([
         {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim == 1]}])           # biases and norms: no decay
+        {"params": [p for p in parameters if p.ndim == 1]}], fused=device.type != "mps")
     amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
+            part.load_state_dict(checkpoint[name])
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
-    batch_size = min(args.batch_size, len(normals))
-    per_epoch = len(normals) // batch_size
+    per_epoch = len(normals) // args.batch_size
     total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    peak_lr = args.lr * batch_size / 256
+    peak_lr = args.lr * args.batch_size / 256
     bar = tqdm(total=total, initial=start * per_epoch, unit="step", mininterval=1)
     for epoch in range(start, args.epochs):
         order = np.random.default_rng((args.seed, epoch)).permutation(normals)
@@ -795,11 +776,11 @@ def pretrain(args):
             step = epoch * per_epoch + i
             lr = (peak_lr * (step + 1) / warmup if step < warmup else
                   cosine(peak_lr, 1e-6, (step - warmup) / (total - warmup)))
-            decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
+            decay = cosine(args.weight_decay, 10 * args.weight_decay, step / total)
             for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
-                group.update(lr=lr, weight_decay=weight_decay)
+                group.update(lr=lr, weight_decay=weight_decay)         # none on biases and norms
 
-            rows = np.sort(order[i * batch_size:(i + 1) * batch_size])
+            rows = np.sort(order[i * args.batch_size:(i + 1) * args.batch_size])
             normal = to_device(data.images[rows], device)
             generator = torch.Generator().manual_seed((args.seed * 2 ** 40 + step) % 2 ** 63)
             lesioned, mask = synthetic_lesion_mask(normal, generator)
@@ -847,11 +828,8 @@ def read_checkpoint(path):
     except Exception as error:                    # each broken file fails in its own way
         raise InputError(f"{path} is not a checkpoint of tensors: name another") from error
 
-def load_encoder(path, img_size=None):
-    """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT.
-
-    Positions are interpolated if img_size asks for another grid.
-    """
+def load_encoder(path):
+    """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT."""
     state = read_checkpoint(path)
     for key in "model", "teacher", "state_dict":
         state = state[key] if isinstance(state.get(key), dict) else state
@@ -860,37 +838,33 @@ def load_encoder(path, img_size=None):
                    if f"{prefix}patch_embed.proj.weight" in state), None)
     if prefix is None:
         raise InputError(f"{path} holds no ViT: there is no patch_embed.proj.weight in it")
-    found = {key.removeprefix(prefix): value for key, value in state.items()
+    state = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix)}
-    dim, in_chans, _, patch_size = found["patch_embed.proj.weight"].shape
-    side = math.isqrt(found["pos_embed"].shape[1] - 1)
-    depth = len({key.split(".")[1] for key in found if key.startswith("blocks.")})
-    vit = ViT(img_size or side * patch_size, patch_size, in_chans, dim, depth, max(1, dim // 64))
-    if vit.num_patches != side * side:
-        grid = found["pos_embed"][:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        grid = F.interpolate(grid, size=math.isqrt(vit.num_patches), mode="bicubic").flatten(2)
-        found["pos_embed"] = torch.cat([found["pos_embed"][:, :1], grid.transpose(1, 2)], 1)
-    missing = vit.load_state_dict(found, strict=False).missing_keys
+    dim, in_chans, _, patch_size = state["patch_embed.proj.weight"].shape
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    vit = ViT(side * patch_size, patch_size, in_chans, dim, depth, max(1, dim // 64))
+    missing = vit.load_state_dict(state, strict=False).missing_keys
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing[:3])} of a ViT with {depth} blocks")
     return vit
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def detection(scores, labels, weights=None):
-    """Area under the ROC curve, average precision and the best Dice; NaN with one class only.
+def detection(scores, labels):
+    """Area under the ROC curve, average precision and the best Dice -> dictionary of floats.
 
-    scores (n,), labels (n,) bool, weights (n,), ones if None. Equal scores count together.
+    scores (n,), labels (n,) bool. Equal scores count together. NaN with one class or a NaN score.
     """
-    labels, weights = np.asarray(labels, bool), np.ones(len(labels)) if weights is None else weights
-    _, rank = np.unique(-np.asarray(scores), return_inverse=True)      # the highest score first
-    positive, total = np.bincount(rank, weights * labels), np.bincount(rank, weights)
-    hits, called, negative = positive.cumsum(), total.cumsum(), total - positive
-    if positive.sum() == 0 or negative.sum() == 0:
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    if labels.all() or not labels.any() or np.isnan(scores).any():
         return {"auroc": math.nan, "ap": math.nan, "dice": math.nan}
+    _, rank = np.unique(-scores, return_inverse=True)                  # the highest score first
+    positive, negative = np.bincount(rank, labels), np.bincount(rank, ~labels)
+    hits, called = positive.cumsum(), (positive + negative).cumsum()
     lower = 1 - (negative.cumsum() - negative / 2) / negative.sum()    # negatives below, ties half
     return {"auroc": float((positive * lower).sum() / hits[-1]),
-            "ap": float((positive * hits / called.clip(1e-12)).sum() / hits[-1]),
+            "ap": float((positive * hits / called).sum() / hits[-1]),
             "dice": float((2 * hits / (called + hits[-1])).max())}
 
 def auroc(scores, labels):
@@ -898,26 +872,15 @@ def auroc(scores, labels):
     return detection(scores, labels)["auroc"]
 
 def linear_probe(train_x, train_y, test_x, penalty=10.0):
-    """Logistic regression on standardised features, one for each finding: -> scores (T, F).
+    """Ridge regression of each finding on standardised features: -> scores (T, F).
 
-    train_x (n, D), train_y (n, F) bool, test_x (T, D); penalty is scikit-learn's 1 / C. A finding
+    train_x (n, D), train_y (n, F) bool, test_x (T, D); penalty is scikit-learn's alpha. A finding
     with only one class in train_y scores NaN.
     """
     mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-6
     x, y = (train_x - mean) / std, torch.from_numpy(train_y).to(train_x.dtype)
-    weight = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(y.shape[1], dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(x @ weight + bias, y, reduction="sum")
-        loss = (loss + penalty / 2 * (weight ** 2).sum()) / len(x)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    scores = ((test_x - mean) / std @ weight + bias).detach().numpy()
+    weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+    scores = ((test_x - mean) / std @ weight + y.mean(0)).numpy()
     scores[:, train_y.all(0) | ~train_y.any(0)] = math.nan
     return scores
 
@@ -926,24 +889,22 @@ def evaluate_probe(features, data, fraction, draws=5, resamples=200):
 
     features (n, D). A mean over draws of the fraction; a bootstrap over test images and draws.
     """
-    random, test_y, scores = np.random.default_rng(0), data.labels[data.test], []
-    if not data.findings:
-        return {"macro_auroc": math.nan, "ci95": [math.nan, math.nan], "per_finding": {}}
+    random, truth, scores = np.random.default_rng(0), data.labels[data.test], []
     for _ in range(draws if fraction < 1 else 1):
         rows = random.permutation(data.train)[:max(2, round(fraction * len(data.train)))]
         scores.append(linear_probe(features[rows], data.labels[rows], features[data.test]))
 
-    def by_finding(draws, weights=None):
-        return np.nanmean([[detection(s, y, weights)["auroc"] if np.isfinite(s[0]) else math.nan
-                            for s, y in zip(scores[draw].T, test_y.T)] for draw in draws], 0)
+    def by_finding(draws, rows):
+        areas = [[auroc(scores[draw][rows, i], truth[rows, i]) for i in range(truth.shape[1])]
+                 for draw in draws]
+        return np.nanmean(areas, 0)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                # a mean of nothing is NaN
-        uniform = np.full(len(test_y), 1 / len(test_y))
+        each = by_finding(range(len(scores)), slice(None))
         samples = [np.nanmean(by_finding(random.choice(len(scores), len(scores)),
-                                         random.multinomial(len(test_y), uniform)))
+                                         random.choice(len(truth), len(truth))))
                    for _ in range(resamples)]
-        each = by_finding(range(len(scores)))
         return {"macro_auroc": float(np.nanmean(each)),
                 "ci95": np.nanquantile(samples, [0.025, 0.975]).tolist(),
                 "per_finding": dict(zip(data.findings, each.tolist()))}
@@ -958,105 +919,63 @@ def silhouette(points, cluster):
     score = (other - own) / torch.maximum(own, other).clamp_min(1e-12)
     return float(torch.where(size[cluster] > 1, score, 0).mean())
 
-class AnomalyScores:
-    """Maps of how abnormal each place looks, from normal images alone [D]: higher is more abnormal.
+def restoration_error(model, images):
+    """Four masks in turn hide one token of every 2 x 2: (B, 1, S, S) -> mean square (B, L)."""
+    x = model.normalise(images)
+    tokens, error = model.student.encoder(x), 0                                # (B, 1 + L, D)
+    place = torch.arange(tokens.shape[1] - 1, device=x.device)                 # (L,)
+    side = math.isqrt(len(place))
+    for turn in range(4):
+        hidden = 2 * (place // side % 2) + place % side % 2 == turn            # (L,)
+        restored = model.decoder(tokens, hidden.expand(len(x), -1))            # (B, 3, S, S)
+        error = error + hidden * patchify((restored - x) ** 2, model.patch_size).mean(2)
+    return error
 
+@torch.no_grad()
+def anomaly_maps(model, normals, images, shrinkage=0.1):
+    """How abnormal each place looks, from normal images alone [D]: -> {score: (n, S, S)}.
+
+    normals (N, L, D) are tokens of normal images, images (n, 1, S, S) in [0, 1]. The scores:
     restoration: the error of a token's pixels when it is restored from the other tokens;
     prototype:   how far a token's scores are from its position's prototype, as in L_cate;
     position:    Mahalanobis distance to the normal tokens of the position, as in PaDiM, shrunk;
     neighbours:  mean distance to the 5 nearest of them.
     """
+    mean, normals = normals.mean(0), normals.transpose(0, 1)                   # (L, N, D)
+    centred = normals - mean.unsqueeze(1)
+    covariance = centred.transpose(1, 2) @ centred / normals.shape[1]          # (L, D, D)
+    spread = covariance.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) + 1e-6
+    eye = torch.eye(covariance.shape[1], device=covariance.device)
+    precision = torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * spread * eye)
+    maps = {"restoration": [], "prototype": [], "position": [], "neighbours": []}
+    for batch in images.split(64):
+        tokens = model.features(batch)                                         # (B, L, D)
+        logits, off = model.teacher.head(tokens), tokens - mean
+        distance = torch.cdist(tokens.transpose(0, 1), normals)                # (L, B, N)
+        nearest = distance.topk(min(5, normals.shape[1]), largest=False).values
+        for name, each in zip(maps, (
+                restoration_error(model, batch),
+                1 - F.cosine_similarity(logits, model.prototypes.prototypes, dim=2),
+                torch.einsum("bld,lde,ble->bl", off, precision, off), nearest.mean(2).T)):
+            maps[name].append(unpatchify(each.unsqueeze(2), 1))                # (B, 1, side, side)
+    return {name: F.interpolate(torch.cat(each), images.shape[-2:], mode="bilinear").squeeze(1)
+            .cpu().numpy() for name, each in maps.items()}
 
-    @torch.no_grad()
-    def __init__(self, model, batches, shrinkage=0.1):
-        """Fits to normal images; batches yields them, (B, 1, S, S) in [0, 1]."""
-        tokens = torch.cat([model.features(images) for images in batches])     # (n, L, D)
-        self.model, self.mean, self.normals = model, tokens.mean(0), tokens.transpose(0, 1)
-        centred = tokens - self.mean
-        covariance = torch.einsum("nld,nle->lde", centred, centred) / len(tokens)
-        spread = covariance.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) + 1e-6
-        eye = torch.eye(covariance.shape[1], device=covariance.device)
-        self.precision = torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * spread * eye)
+def evaluate_anomaly(maps, abnormal, masks, located):
+    """Detection of images and of pixels, for each score of the maps (n, S, S).
 
-    def restoration_error(self, images):
-        """Four complementary masks in turn hide one token of every 2 x 2: -> (B, L)."""
-        model, x = self.model, self.model.normalise(images)
-        tokens, error = model.student.encoder(x), 0                            # (B, 1 + L, D)
-        place = torch.arange(tokens.shape[1] - 1, device=x.device)             # (L,)
-        side = math.isqrt(len(place))
-        for turn in range(4):
-            hidden = 2 * (place // side % 2) + place % side % 2 == turn        # (L,)
-            restored = model.decoder(tokens, hidden.expand(len(x), -1))        # (B, 3, S, S)
-            error = error + hidden * patchify((restored - x) ** 2, model.patch_size).mean(2)
-        return error
-
-    @torch.no_grad()
-    def __call__(self, images):
-        """(B, 1, S, S) in [0, 1] -> a dictionary of maps (B, S, S)."""
-        model, tokens = self.model, self.model.features(images)                # (B, L, D)
-        logits, centred = model.teacher.head(tokens), tokens - self.mean
-        maps = {"restoration": self.restoration_error(images),
-                "prototype": 1 - F.cosine_similarity(logits, model.prototypes.prototypes, dim=2),
-                "position": torch.einsum("bld,lde,ble->bl", centred, self.precision, centred),
-                "neighbours": torch.cdist(tokens.transpose(0, 1), self.normals)
-                .topk(min(5, self.normals.shape[1]), largest=False).values.mean(2).T}
-        side = math.isqrt(tokens.shape[1])
-        return {name: F.interpolate(each.view(-1, 1, side, side), size=images.shape[-2:],
-                                    mode="bilinear").squeeze(1) for name, each in maps.items()}
-
-def evaluate_anomaly(score_maps, images, abnormal, masks, located):
-    """Detection of images and of pixels -> {score: {image_auroc, ..., dice}}.
-
-    images (n, 1, S, S) in [0, 1], abnormal (n,), masks (n, S, S), located (n,) bool: is the mask
-    known? Other images count as images only. An image scores the mean of its map's top twentieth.
+    abnormal (n,) bool, masks (n, S, S) bool, located (n,) bool: is the mask known? The others
+    count as images only. An image scores the mean of its map's top twentieth.
     """
-    parts = [score_maps(batch) for batch in images.split(64)]
     report = {}
-    for name in parts[0]:
-        maps = torch.cat([part[name] for part in parts]).cpu()                 # (n, S, S)
-        top = maps.flatten(1).topk(maps[0].numel() // 20 + 1).values.mean(1)
-        image = detection(top.numpy(), abnormal)
-        pixel = detection(maps.numpy()[located].ravel(), masks[located].ravel())
+    for name, each in maps.items():
+        ranked = np.sort(each.reshape(len(each), -1))
+        image = detection(ranked[:, -(ranked.shape[1] // 20 + 1):].mean(1), abnormal)
+        pixel = detection(each[located].ravel(), masks[located].ravel())
         report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"],
                         "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
                         "dice": pixel["dice"]}
     return report
-
-def evaluate_model(model, data, device):
-    """All figures of one model -> what metrics.json holds of it, and its AnomalyScores."""
-    def images(rows):
-        return to_device(data.images[rows], device)
-
-    def batches(rows):
-        return np.array_split(rows, math.ceil(len(rows) / 64))
-
-    normal, model = ~data.labels.any(1), model.eval()
-    features = torch.zeros(len(normal), model.teacher.encoder.cls_token.shape[2])
-    for rows in batches(np.union1d(data.train, data.test)):
-        features[rows] = model.features(images(rows)).mean(1).cpu()    # no loss reads the class one
-    random = np.random.default_rng(0)                                  # 1,000 images are enough
-    fit = random.permutation(data.train[normal[data.train]])[:1000]
-    test = random.permutation(data.test)
-    rows = np.sort(np.concatenate([test[normal[test]][:500], test[~normal[test]][:500]]))
-    score_maps = AnomalyScores(model, (images(part) for part in batches(fit)))
-    if model.prototypes.updates == 0:             # untrained: the mean over normal images
-        model.prototypes.update(model.teacher.head(score_maps.normals.transpose(0, 1)))
-
-    nowhere = np.zeros(data.images.shape[-2:], bool)
-    masks = np.stack([data.records[i].get("mask", nowhere) for i in rows])
-    healthy = images(rows[normal[rows]])
-    lesioned, lesions = synthetic_lesion_mask(healthy, torch.Generator().manual_seed(0))
-    lesions = torch.cat([torch.zeros_like(lesions), lesions]).squeeze(1).cpu().numpy() > 0
-    has_lesion = lesions.any((1, 2))
-    tokens = model.features(healthy[:24]).cpu()                                # (24, L, D)
-    return {"linear": {f"{percent}%": evaluate_probe(features, data, percent / 100)
-                       for percent in (1, 10, 100)},
-            "anomaly": evaluate_anomaly(score_maps, images(rows), ~normal[rows], masks,
-                                        normal[rows] | masks.any((1, 2))),
-            "synthetic": evaluate_anomaly(score_maps, torch.cat([healthy, lesioned]), has_lesion,
-                                          lesions, np.ones_like(has_lesion)),
-            "cohesion": silhouette(tokens.flatten(0, 1),
-                                   torch.arange(tokens.shape[1]).repeat(len(tokens)))}, score_maps
 
 def evaluate(args):
     """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
@@ -1068,32 +987,64 @@ def evaluate(args):
     if not ckpt.is_file():
         raise InputError(f"there is no {ckpt}: make one with `python afire.py pretrain`, or "
                          "name one with --ckpt")
-    checkpoint = read_checkpoint(ckpt)
+    checkpoint, out = read_checkpoint(ckpt), ckpt.parent / "eval"
     if "config" not in checkpoint:
         raise InputError(f"{ckpt} is not a checkpoint of `pretrain`: name its checkpoint.pth")
     moved = {"root": None, "labels": None} if "data" in given else {}
     args = argparse.Namespace(**{"boxes": None, **checkpoint["config"], "out": str(ckpt.parent),
                                  **moved, **given})
-    device, out = find_device(args.device), ckpt.parent / "eval"
-    data = load_radiographs(args)
+    data, device, random = load_radiographs(args), args.device, np.random.default_rng(0)
     if args.boxes and args.data:
         read_boxes(args.boxes, data)
     normal = ~data.labels.any(1)
-    if min(normal[data.train].sum(), normal[data.test].sum()) < 2:
+    fit = random.permutation(data.train[normal[data.train]])[:1000]    # so many are enough
+    test = random.permutation(data.test)
+    rows = np.sort(np.concatenate([test[normal[test]][:500], test[~normal[test]][:500]]))
+    if min(len(fit), normal[rows].sum()) < 2:
         raise InputError(f"--data {args.data} has too few images without findings, to fit on or to "
                          "test on: add some, or change --test-fraction")
-    model, untrained = build_model(args), build_model(args)
-    model.load_state_dict(checkpoint["model"])
-    report, scores = {}, {}
-    for name, each in ("checkpoint", model), ("random_init", untrained):
-        report[name], scores[name] = evaluate_model(each.to(device), data, device)
+
+    images = to_device(data.images[rows], device)                              # (n, 1, S, S)
+    nowhere = np.zeros(images.shape[2:], bool)
+    masks = np.stack([data.records[row].get("mask", nowhere) for row in rows])
+    healthy = images[normal[rows]]
+    lesioned, lesions = synthetic_lesion_mask(healthy, torch.Generator().manual_seed(0))
+    lesions = torch.cat([torch.zeros_like(lesions), lesions]).squeeze(1).cpu().numpy() > 0
+    sets = {"anomaly": (images, ~normal[rows], masks, normal[rows] | masks.any((1, 2))),
+            "synthetic": (torch.cat([healthy, lesioned]), lesions.any((1, 2)), lesions,
+                          np.ones(len(lesions), bool))}
+    report, maps, tokens = {}, {}, {}
+    for name in "random_init", "checkpoint":
+        model = build_model(args).to(device).eval()
+        if name == "checkpoint":
+            model.load_state_dict(checkpoint["model"])
+        features = torch.zeros(len(normal), model.teacher.encoder.cls_token.shape[2])
+        for part in np.array_split(np.union1d(data.train, data.test), 1 + len(normal) // 64):
+            features[part] = model.features(to_device(data.images[part], device)).mean(1).cpu()
+        normals = torch.cat([model.features(to_device(data.images[part], device))
+                             for part in np.array_split(fit, 1 + len(fit) // 64)])
+        if name == "random_init":                 # its prototypes: the mean over normal images
+            model.prototypes.update(model.teacher.head(normals))
+        tokens[name] = model.features(healthy[:24]).cpu()                      # (24, L, D)
+        report[name] = {"linear": {f"{percent}%": evaluate_probe(features, data, percent / 100)
+                                   for percent in (1, 10, 100)}}
+        for kind, (tested, *truth) in sets.items():
+            maps[kind] = anomaly_maps(model, normals, tested)
+            report[name][kind] = evaluate_anomaly(maps[kind], *truth)
+        report[name]["cohesion"] = silhouette(
+            tokens[name].flatten(0, 1), torch.arange(normals.shape[1]).repeat(len(tokens[name])))
     out.mkdir(exist_ok=True)
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
     (out / "metrics.json").write_text(json.dumps(report, indent=2))
     print(f"{'':44} checkpoint  untrained")
     print_report("", report["checkpoint"], report["random_init"])
-    plot_anomalies(scores["checkpoint"], data, device, out / "anomaly.png")
-    plot_tokens([model, untrained], data, device, out / "tokens.png")
+    kind = "anomaly" if masks.any() else "synthetic"
+    shown, _, truth, _ = sets[kind]
+    five = np.flatnonzero(truth.any((1, 2)))[:5]
+    plot_images(out / "anomaly.png", {
+        "truth": (shown[five, 0].cpu().numpy(), "gray"),
+        **{title: (each[five], "magma") for title, each in maps[kind].items()}}, truth[five])
+    plot_tokens(tokens, out / "tokens.png")
     print(f"in {out}: metrics.json, anomaly.png, tokens.png")
 
 def print_report(prefix, report, untrained):
@@ -1107,13 +1058,18 @@ def print_report(prefix, report, untrained):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-def plot_grid(file, rows, titles, draw):
-    """Saves rows x len(titles) panels, each made by draw(axis, row, column)."""
+def plot_images(file, columns, outline=None):
+    """A row for each image: columns {title: ((n, S, S), colour map)}, outline (n, S, S) bool."""
     from matplotlib.figure import Figure                               # only here: slow to import
-    figure = Figure(figsize=(1.9 * len(titles), 1.9 * rows + 0.3), layout="constrained")
-    for (row, column), axis in np.ndenumerate(figure.subplots(rows, len(titles), squeeze=False)):
-        axis.set(xticks=[], yticks=[], title=titles[column] if row == 0 else "")
-        draw(axis, row, column)
+    n = len(next(iter(columns.values()))[0])
+    figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
+    axes = figure.subplots(n, len(columns), squeeze=False)
+    for column, (title, (images, cmap)) in enumerate(columns.items()):
+        for row, axis in enumerate(axes[:, column]):
+            axis.imshow(images[row], cmap, vmin=images.min(), vmax=images.max())
+            axis.set(xticks=[], yticks=[], title="" if row else title)
+            if outline is not None:
+                axis.contour(outline[row], [0.5], colors="cyan", linewidths=0.8)
     figure.savefig(file, dpi=100)
 
 @torch.no_grad()
@@ -1122,130 +1078,113 @@ def plot_restoration(model, normal, file):
     lesioned, mask = synthetic_lesion_mask(normal, torch.Generator().manual_seed(0))
     restored = model.decoder(model.student.encoder(model.normalise(lesioned)),
                              abnormal_tokens(mask, model.patch_size))
-    restored = (restored * model.std + model.mean).mean(1, keepdim=True)
-    panels = [each.squeeze(1).cpu() for each in (normal, lesioned, restored, mask)]
-    plot_grid(file, len(normal), ["x", "x' = x + lesions", "restored", "mask M"],
-              lambda axis, row, column: axis.imshow(panels[column][row], vmin=0, vmax=1,
-                                                    cmap="magma" if column == 3 else "gray"))
+    restored = (restored * model.std + model.mean).mean(1, keepdim=True).clamp(0, 1)
+    panels = {"x": normal, "x' = x + lesions": lesioned, "restored": restored, "mask M": mask}
+    plot_images(file, {title: (each[:, 0].cpu().numpy(), "magma" if each is mask else "gray")
+                       for title, each in panels.items()})
 
 def plot_losses(history, file):
     """The losses over the epochs, from the lines of log.jsonl."""
-    names = ["structure", "category", "restoration"]
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 3), ("structure", "category", "restoration")):
+        axis.plot([record["epoch"] for record in history], [record[name] for record in history])
+        axis.set(title=name, xlabel="epoch", ylim=(0, None))
+    figure.savefig(file, dpi=100)
 
-    def draw(axis, row, column):
-        values = [record[names[column]] for record in history]
-        axis.plot(range(1, len(values) + 1), values)
-        axis.set(xlabel="epoch", xticks=[1, len(values)], yticks=np.linspace(0, max(values), 3))
-
-    plot_grid(file, 1, names, draw)
-
-def plot_anomalies(score_maps, data, device, file):
-    """Test images and their maps, truth outlined: real findings if located, else fresh lesions."""
-    located = [i for i in data.test if np.any(data.records[i].get("mask"))][:5]
-    images = to_device(data.images[located or data.test[:5]], device)
-    truth = [data.records[i]["mask"] for i in located]
-    if not located:
-        images, mask = synthetic_lesion_mask(images, torch.Generator().manual_seed(0))
-        truth = mask.squeeze(1).cpu().numpy() > 0
-    maps = {name: each.cpu() for name, each in score_maps(images).items()}
-
-    def draw(axis, row, column):
-        axis.imshow(images[row, 0].cpu(), cmap="gray", vmin=0, vmax=1)
-        if column:
-            each = list(maps.values())[column - 1]
-            axis.imshow(each[row], cmap="inferno", alpha=0.5, vmin=each.min(), vmax=each.max())
-        axis.contour(truth[row], [0.5], colors="cyan", linewidths=0.8)
-
-    plot_grid(file, len(truth), ["truth", *maps], draw)
-
-def plot_tokens(models, data, device, file):
-    """Tokens on their first two principal components, in the colour of their position."""
-    images = to_device(data.images[data.test[:24]], device)
-
-    tokens = [model.features(images).cpu() for model in models]                # (B, L, D) each
-    side = math.isqrt(tokens[0].shape[1])
+def plot_tokens(tokens, file):
+    """Tokens {title: (B, L, D)} on two principal components, in the colour of their position."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(tokens))
+    side = math.isqrt(next(iter(tokens.values())).shape[1])
     y, x = np.mgrid[0:1:1j * side, 0:1:1j * side]
     colour = np.stack([x, y, 1 - x], 2)                                        # (side, side, 3)
-
-    def draw(axis, row, column):
-        if column == 0:
-            axis.imshow(images[0, 0].cpu(), cmap="gray", extent=(0, 1, 1, 0))
-            axis.imshow(colour, alpha=0.5, extent=(0, 1, 1, 0))
-        else:
-            points = tokens[column - 1].flatten(0, 1)
-            points = points - points.mean(0)
-            plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
-            axis.scatter(*plane.T, s=2, c=np.tile(colour.reshape(-1, 3), (len(images), 1)))
-
-    plot_grid(file, 1, ["position", "checkpoint", "untrained"], draw)
+    first.imshow(colour)
+    first.set_title("position")
+    for axis, (title, each) in zip(others, tokens.items()):
+        points = each.flatten(0, 1) - each.mean((0, 1))                        # (B * L, D)
+        plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
+        axis.scatter(*plane.T, s=2, c=np.tile(colour.reshape(-1, 3), (len(each), 1)))
+        axis.set_title(title)
+    for axis in first, *others:
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(file, dpi=100)
 
 # ---- Command line --------------------------------------------------------------------------------
 
-def parse_arguments(argv=None):
-    """Every option is declared once, with its default in each preset where they differ."""
-    presets = ["phantoms", "small", "paper"]
-    by_preset = [
-        ("--arch", "encoder: vit_micro, vit_tiny, vit_small, vit_base", "vit_micro", "vit_micro",
-         "vit_base"),
-        ("--img-size", "side of the square that images are squashed to, in pixels", 64, 64, 224),
-        ("--patch-size", "side of a token's patch, in pixels", 8, 8, 16),
-        ("--epochs", "an epoch is each normal image once", 10, 40, 400),
-        ("--warmup-epochs", "epochs of linear warm-up", 2, 3, 10),
-        ("--batch-size", "images in a step", 16, 32, 64),
-        ("--lr", "peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
-        ("--teacher-momentum", "of the teacher, at the start; 1 at the end", 0.97, 0.99, 0.996),
-        ("--structure-weight", "of L_stru in the total loss; 0 ablates it", 0.2, 1.0, 1.0),
-        ("--category-weight", "of L_cate", 0.2, 1.0, 1.0),
-        ("--restoration-weight", "of L_rest", 1.0, 1.0, 1.0),
-        ("--weight-decay", "at the start", 0.04, 0.04, 0.04),
-        ("--weight-decay-end", "at the end", 0.4, 0.4, 0.4)]
+def find_device(name):
+    """The device of this name, after a trial: a GPU that is not there is told before any work."""
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name} is not to be had here") from error
 
-    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    add = shared.add_argument
-    add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms)")
-    add("--root", help="folder that the paths in a list start from (the list's)")
-    add("--labels", help="CSV: image, findings (a|b), and patient if you have it")
-    add("--cache", help="folder for decoded images (the run's)")
-    add("--test-fraction", type=float, help="of patients to hold out where --data has no folders "
-        "train and test (0.2)")
-    add("--device", default="cuda" if torch.cuda.is_available() else
-        "mps" if torch.backends.mps.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
-    first = argparse.ArgumentParser(add_help=False, parents=[shared], allow_abbrev=False)
-    first.add_argument("--preset")
-    known = first.parse_known_args(argv)[0]
-    gpu = known.device.startswith("cuda")
-    preset = known.preset or ("phantoms" if "data" not in known else "paper" if gpu else "small")
+def parse_arguments(argv=None):
+    """Every option is declared once; those that a preset sets, with the value in each preset."""
+    presets = "phantoms", "small", "paper"
+    by_preset = {
+        "arch": ("encoder: vit_micro, vit_tiny, vit_small, vit_base", "vit_micro", "vit_micro",
+                 "vit_base"),
+        "img-size": ("side of the square that images are squashed to, in pixels", 64, 64, 224),
+        "patch-size": ("side of a token's patch, in pixels", 8, 8, 16),
+        "epochs": ("an epoch is each normal image once", 12, 40, 400),
+        "warmup-epochs": ("epochs of linear warm-up", 2.0, 3.0, 10.0),
+        "batch-size": ("images in a step", 8, 32, 64),
+        "lr": ("peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
+        "teacher-momentum": ("of the teacher, at the start; 1 at the end", 0.97, 0.99, 0.996),
+        "structure-weight": ("of L_stru in the total loss; 0 ablates it", 0.2, 1.0, 1.0),
+        "category-weight": ("of L_cate", 0.2, 1.0, 1.0),
+        "restoration-weight": ("of L_rest", 1.0, 1.0, 1.0),
+        "weight-decay": ("at the start; ten times as much at the end", 0.04, 0.04, 0.04)}
+    gpu = torch.cuda.is_available()
+    best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
 
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    style = {"parents": [shared], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    train = verbs.add_parser("pretrain", help="pre-train on normal radiographs", **style)
-    test = verbs.add_parser("eval", help="evaluate a run, on its data or on --data", **style)
+    train = verbs.add_parser("pretrain", help="pre-train on normal radiographs")
+    test = verbs.add_parser("eval", help="evaluate a run, on its data or on --data",
+                            argument_default=argparse.SUPPRESS)
+    for add in train.add_argument, test.add_argument:
+        add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms)")
+        add("--root", help="folder that the paths in a list start from (the list's)")
+        add("--labels", help="CSV: image, findings (a|b), and patient if you have it")
+        add("--cache", help="folder for decoded images (the run's)")
+        add("--device", type=find_device, default=best, help="cpu, cuda, cuda:1, mps (%(default)s)")
+    test.add_argument("--ckpt", help="checkpoint.pth or its folder (the last run's)")
+    test.add_argument("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
     add = train.add_argument
-    add("--out", default="runs/afire", help="folder of the run; one that is there is gone on with")
-    add("--preset", choices=presets, default=preset, help="sets the defaults below; phantoms "
-        "without --data, else paper on a CUDA GPU, small elsewhere")
-    for name, text, *values in by_preset:
-        value = values[presets.index(preset)] if preset in presets else None
-        add(name, type=type(values[0]), default=value, help=text)
-    add("--amp", choices=["none", "bf16", "fp16"], help="autocast", default="none" if not gpu else
-        "bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    add("--seed", type=int, default=0, help="of all that is random")
-    add("--init", help="checkpoint that the encoder starts from", default=argparse.SUPPRESS)
-    add = test.add_argument
-    add("--ckpt", help="checkpoint.pth or its folder (the last run's)", default=argparse.SUPPRESS)
-    add("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image",
-        default=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    add("--test-fraction", type=float, default=0.2, help="of patients to hold out where "
+        "--data has no folders train and test (%(default)s)")
+    add("--out", default="runs/afire", help="folder of the run; one that is there is gone on with "
+        "(%(default)s)")
+    add("--init", help="checkpoint that the encoder starts from")
+    add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+    add("--amp", choices=["none", "bf16", "fp16"], help="autocast (%(default)s)", default="none"
+        if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    add("--preset", choices=presets, help="one of the three defaults of each option below: "
+        "phantoms without --data, else paper on a CUDA GPU, small elsewhere")
+    for name, (text, *values) in by_preset.items():
+        add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
+    args = parser.parse_args(argv)
+    if args.verb == "pretrain":
+        args.preset = args.preset or ("phantoms" if not args.data else
+                                      "paper" if args.device.type == "cuda" else "small")
+        for name, (_, *values) in by_preset.items():
+            key, value = name.replace("-", "_"), values[presets.index(args.preset)]
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+            if isinstance(value, int) and getattr(args, key) < 1:
+                train.error(f"--{name} must be at least 1")
+        if args.img_size % args.patch_size:
+            train.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
+                        f"{args.patch_size}: change one of them")
+    return args
 
 def main(argv=None):
-    given = parse_arguments(argv)
-    unset = dict.fromkeys(("data", "root", "labels", "cache", "init"))
+    args = parse_arguments(argv)
     try:
-        if given.verb == "pretrain":
-            pretrain(argparse.Namespace(**{**unset, "test_fraction": 0.2, **vars(given)}))
-        else:
-            evaluate(given)
+        {"pretrain": pretrain, "eval": evaluate}[args.verb](args)
     except (InputError, OSError) as error:
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
