@@ -29,13 +29,18 @@ In docstrings [P] is what the paper says, [R] what the authors' released code do
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
+import os
 import re
+import signal
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -110,12 +115,13 @@ def enclosing_circle_centre(region, steps=100):
         centre = centre + (farthest - centre) / i                              # (B, 1)
     return torch.cat([centre.imag, centre.real], 1)
 
-def synthetic_lesion_mask(images, generator=None):
+def synthetic_lesion_mask(images, generator=None, first=0):
     """Adds 1 to 4 synthetic lesions to each image [P: Fig. 2; R: the numbers; D: what is clipped].
 
     A lesion is the image's own tissue under an elliptical Gaussian, resized and added elsewhere.
     Unlike a crop or an affine transform it leaves the anatomy at every position in place.
-    images (B, 1, H, W) in [0, 1]; the generator, on whichever device, draws the lesions.
+    images (B, 1, H, W) in [0, 1]; the generator, on whichever device, draws the lesions. They are
+    part of a batch in which `first` images come before them, elsewhere.
     Returns lesioned and mask, both (B, 1, H, W) in [0, 1]; lesioned == images where mask == 0.
     """
     B, _, H, W = images.shape
@@ -138,8 +144,8 @@ def synthetic_lesion_mask(images, generator=None):
     texture = 0.5 * window * texture
 
     # Up to 4 lesions: each height and width uniform, then its place.
-    draws = torch.rand(B, 4, 5, generator=generator,
-                       device=generator.device if generator else device).to(device)
+    draws = torch.rand(first + B, 4, 5, generator=generator,
+                       device=generator.device if generator else device)[first:].to(device)
     size = smallest + (draws[:, :, :2] * (largest - smallest + 1)).floor()     # (B, 4, 2)
     start = (draws[:, :, 2:4] * (full - size + 1)).floor()                     # (B, 4, 2)
     exists = torch.arange(4, device=device) <= (4 * draws[:, :1, 4]).floor()   # (B, 4)
@@ -291,6 +297,12 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
         log_c = log_c - log_c.logsumexp(1, keepdim=True)
     return log_c.exp()
 
+def gather(x):
+    """(B, ...) of each process -> (N * B, ...) of all N, with the gradient; x itself if alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.cat(torch.distributed.nn.functional.all_gather(x))
+    return x
+
 class SpatialPrototypes(nn.Module):
     """P, a prototype for each position: the running mean of the teacher's scores there [P; R]."""
 
@@ -306,10 +318,7 @@ class SpatialPrototypes(nn.Module):
 
         teacher_logits (B, L, K); m is the constructor's momentum unless given.
         """
-        mean = teacher_logits.float().mean(0)                                  # (L, K)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean /= torch.distributed.get_world_size()
+        mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
         momentum = self.momentum if momentum is None else momentum
         # No `if` on a tensor, as that would wait for the GPU.
         self.prototypes.lerp_(mean, torch.where(self.updates > 0, 1 - momentum, 1.0))
@@ -406,6 +415,8 @@ class AFiRe(nn.Module):
         logits = self.student.head(tokens[:, 1:])                              # (B, L, K)
         restored = self.decoder(tokens, abnormal)                              # (B, 3, H, W)
 
+        # Both contrasts are over the tokens of all processes, as if it were one.
+        logits, abnormal = gather(logits), gather(abnormal.byte()).bool()
         assignment, prototypes = self.prototypes.assignment(), self.prototypes.prototypes
         losses = {"structure": structure_consistency_loss(logits, assignment, abnormal),
                   "category": category_consistency_loss(logits, prototypes, abnormal),
@@ -674,7 +685,7 @@ def radiograph(rng, size):
     spot = np.hypot(x - nx, y - ny) / max(draw(0.04, 0.08), 0.75 * px * zoom)
     density += nodule * draw(0.1, 0.18) * np.sqrt(np.maximum(1 - spot ** 2, 0))
     density *= 1 + draw(-0.15, 0.15) * np.sin(draw(-2, 2) * x + draw(-2, 2) * y + draw(0, 6))
-    film = (1 - np.exp(-draw(1.2, 2.4) * np.maximum(density, 0))) ** draw(1, 1.9)
+    film = (1 - np.exp(-draw(0.9, 3.2) * np.maximum(density, 0))) ** draw(0.8, 2.2)
     grain = draw(0.004, 0.012) * rng.standard_normal((size, size), dtype=np.float32)
     film = 0.03 + 0.93 * film + grain + 0.7 * (np.roll(grain, 1, 0) + np.roll(grain, 1, 1))
     masks = np.stack([nodule & (spot < 1), fluid > 0.1, excess > 0.1, free > 0.1])
@@ -714,110 +725,231 @@ def cosine(start, end, progress):
     """From start to end along half a cosine, for progress from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
+class Trainer:
+    """All that a step changes: the model, its optimiser and the scale of its gradients."""
+
+    def __init__(self, args, rank=0, world=1):
+        self.args, self.rank, self.world = args, rank, world
+        self.model = build_model(args).to(args.device).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW([
+            {"params": [p for p in self.parameters if p.ndim > 1]},
+            {"params": [p for p in self.parameters if p.ndim == 1]}],
+            fused=args.device.type != "mps")
+        self.amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+        if args.compile:
+            for part in (*self.model.student.values(), *self.model.teacher.values(),
+                         self.model.decoder):
+                part.compile()
+        self.network = self.model if world == 1 else nn.parallel.DistributedDataParallel(
+            self.model, broadcast_buffers=False)
+
+    def state_dict(self):
+        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+
+    def load_state_dict(self, state):
+        for name in "model", "optimizer", "scaler":
+            getattr(self, name).load_state_dict(state[name])
+
+    def step(self, images, rows, step, per_epoch, total):
+        """One step on images (n, 1, S, S) uint8 [rows]: -> the four losses (4,), lr.
+
+        The batch is cut into parts, a device's one after the other with --grad-accum.
+        """
+        args, device, warmup = self.args, self.args.device, self.args.warmup_epochs * per_epoch
+        peak = args.lr * args.batch_size / 256
+        lr = (peak * (step + 1) / warmup if step < warmup else
+              cosine(peak, 1e-6, (step - warmup) / (total - warmup)))
+        decay = cosine(args.weight_decay, 10 * args.weight_decay, step / total)
+        for group, weight_decay in zip(self.optimizer.param_groups, (decay, 0)):
+            group.update(lr=lr, weight_decay=weight_decay)             # none on biases and norms
+
+        size, sums = len(rows) // (self.world * args.grad_accum), 0
+        self.optimizer.zero_grad()
+        for part in range(args.grad_accum):
+            first = (part * self.world + self.rank) * size
+            normal = to_device(images[rows[first:first + size]], device)
+            generator = torch.Generator().manual_seed((args.seed * 2 ** 40 + step) % 2 ** 63)
+            lesioned, mask = synthetic_lesion_mask(normal, generator, first)
+            with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
+                losses = self.network(normal, lesioned, mask, 0.0 if step < per_epoch else None)
+            self.scaler.scale(losses["loss"] / args.grad_accum).backward()
+            sums = sums + torch.stack(list(losses.values())).detach() / args.grad_accum
+        if step < per_epoch:
+            self.model.student.head.last_layers.grad = None            # P has no meaning yet
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, 3.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.update_teacher(cosine(args.teacher_momentum, 1.0, step / total))
+        return sums, lr
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Keeps a second run out of the folder; the system frees the lock of a process that died."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            import fcntl                                               # not there on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is at work in --out {folder}: wait for its end, or name "
+                             "another folder") from error
+        except ImportError:
+            pass
+        yield
+
+@contextlib.contextmanager
+def signals_noted():
+    """Ctrl-C and SIGTERM do nothing but add their number to the list that this gives."""
+    noted = []
+    before = {each: signal.signal(each, lambda number, _: noted.append(number))
+              for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+def save_checkpoint(state, path):
+    """First beside it, so that neither a kill nor a full disk harms what is there."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {partial} ({error}); {path} is as it was: free some space, "
+                         "and repeat the command to go on from there") from error
+    if path.exists():
+        path.replace(path.with_name("previous.pth"))
+    partial.replace(path)
+
 def pretrain(args):
     """Trains in the folder args.out, and goes on from the checkpoint there if there is one.
 
     All that is random is a function of seed and step, so that a resumed run equals an unbroken one.
+    Under torchrun it takes part in one training by several processes, with the same result.
     """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=4))
+    if args.batch_size % (world * args.grad_accum):
+        raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes "
+                         f"with --grad-accum {args.grad_accum}: make it a multiple of both")
+    with only_run_in(Path(args.out)) if rank == 0 else contextlib.redirect_stdout(None):
+        train(args, rank, world)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+def train(args, rank, world):
+    """pretrain in one of its processes; the first one speaks and writes."""
     device, out = args.device, Path(args.out)
-    ckpt, log_file = out / "checkpoint.pth", out / "log.jsonl"
+    ckpt = out / "checkpoint.pth"
+    files = [file for file in (ckpt, out / "previous.pth") if file.exists()]
+    state = read_checkpoint(files[0]) if files else None
+    config = {key: value for key, value in vars(args).items()
+              if key not in ("verb", "device", "out")}
+
+    def refuse_another_run():
+        for key, value in config.items():
+            before = state["config"].get(key) if state else value
+            if before != value and key not in ("cache", "save_every", "compile"):
+                raise InputError(f"{out} holds a run with {key} {before}, not {value}: repeat that "
+                                 "to go on with it, else name another --out")
+
+    refuse_another_run()
+    if rank:
+        torch.distributed.barrier()                # until the first process has filled the cache
     data = load_radiographs(args)
+    if world > 1 and not rank:
+        torch.distributed.barrier()
     normals = data.train[~data.labels[data.train].any(1)]
-    print(f"preset {args.preset} on {device}, in {out}")
+    print(f"preset {args.preset} on {world} x {device}, in {out}")
     print(f"pre-training on {len(normals)} images; left out: {len(data.train) - len(normals)} with "
           f"findings, {len(data.test)} held out for testing"
           + ("" if data.findings else "; nothing is known of findings, all count as normal"))
     if len(normals) < args.batch_size:
         raise InputError(f"--data {args.data} has {len(normals)} images without findings to train "
                          f"on: fewer than --batch-size {args.batch_size}, lower it or add images")
-    config = {key: value for key, value in vars(args).items()
-              if key not in ("verb", "device", "out")}
-    config["images"] = len(normals)
-    checkpoint, start, history = None, 0, []
-    if ckpt.exists():
-        checkpoint = read_checkpoint(ckpt)
-        start, before = checkpoint["epoch"], checkpoint["config"]
-        changed = [key for key in config if key != "cache" and config[key] != before.get(key)]
-        if changed:
-            raise InputError(f"{out} holds a run with {changed[0]} {before.get(changed[0])}: repeat"
-                             " that to go on with it, else name another --out")
-        history = [json.loads(line) for line in log_file.read_text().splitlines()[:start]]
-        print(f"{out} is at epoch {start} of {args.epochs}: going on from there")
+    names = "\n".join(data.records[row]["name"] for row in normals)
+    config["images"] = f"{len(normals)} of key {zlib.crc32(names.encode()):08x}"
+    refuse_another_run()
 
-    model = build_model(args).to(device).train()
+    trainer, start, history = Trainer(args, rank, world), 0, []
+    sums = torch.zeros(4, device=device)                               # of the losses, this epoch
     if args.init:
         weights = load_encoder(args.init).state_dict()
-        if any(weights[key].shape != value.shape
-               for key, value in model.student.encoder.state_dict().items()):
-            raise InputError(f"--init {args.init} does not fit --arch {args.arch}, --img-size "
-                             f"{args.img_size} and --patch-size {args.patch_size}: change these")
-        for network in model.student, model.teacher:
+        for network in trainer.model.student, trainer.model.teacher:
+            if any(weights[key].shape != value.shape
+                   for key, value in network.encoder.state_dict().items()):
+                raise InputError(f"--init {args.init} does not fit --arch {args.arch}, --img-size "
+                                 f"{args.img_size} and --patch-size {args.patch_size}: change them")
             network.encoder.load_state_dict(weights)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim == 1]}], fused=device.type != "mps")
-    amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    if checkpoint:
-        for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
-            part.load_state_dict(checkpoint[name])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-
     per_epoch = len(normals) // args.batch_size
-    total, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    peak_lr = args.lr * args.batch_size / 256
-    bar = tqdm(total=total, initial=start * per_epoch, unit="step", mininterval=1)
-    for epoch in range(start, args.epochs):
-        order = np.random.default_rng((args.seed, epoch)).permutation(normals)
-        sums = torch.zeros(4, device=device)                           # of the losses, this epoch
-        for i in range(per_epoch):
-            step = epoch * per_epoch + i
-            lr = (peak_lr * (step + 1) / warmup if step < warmup else
-                  cosine(peak_lr, 1e-6, (step - warmup) / (total - warmup)))
-            decay = cosine(args.weight_decay, 10 * args.weight_decay, step / total)
-            for group, weight_decay in zip(optimizer.param_groups, (decay, 0)):
-                group.update(lr=lr, weight_decay=weight_decay)         # none on biases and norms
+    total = args.epochs * per_epoch
+    if state:
+        trainer.load_state_dict(state)
+        start, history, sums = state["step"], state["history"], state["sums"].to(device)
+        print(f"{out} is at step {start} of {total}: going on from there")
 
+    def save(step):
+        save_checkpoint({**trainer.state_dict(), "step": step, "sums": sums.cpu(),
+                         "history": history, "config": config}, ckpt)
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        (out / "log.jsonl").write_text(lines)
+
+    if rank == 0:
+        (out / "config.json").write_text(json.dumps(config, indent=2))
+    bar = tqdm(total=total, initial=start, unit="step", mininterval=1, disable=rank > 0)
+    saved_at = time.monotonic()
+    with signals_noted() as signals:
+        for step in range(start, total):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0 or step == start:
+                order = np.random.default_rng((args.seed, epoch)).permutation(normals)
             rows = np.sort(order[i * args.batch_size:(i + 1) * args.batch_size])
-            normal = to_device(data.images[rows], device)
-            generator = torch.Generator().manual_seed((args.seed * 2 ** 40 + step) % 2 ** 63)
-            lesioned, mask = synthetic_lesion_mask(normal, generator)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                losses = model(normal, lesioned, mask, 0.0 if epoch == 0 else None)
-            optimizer.zero_grad()
-            scaler.scale(losses["loss"]).backward()
-            if epoch == 0:
-                model.student.head.last_layers.grad = None             # P has no meaning yet
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, 3.0)
-            scaler.step(optimizer)
-            scaler.update()
-            model.update_teacher(cosine(args.teacher_momentum, 1.0, step / total))
-
-            sums += torch.stack([loss.detach() for loss in losses.values()])
+            losses, lr = trainer.step(data.images, rows, step, per_epoch, total)
+            sums = losses if i == 0 else sums + losses
             bar.update()
-            if step % 10 == 0 or i == per_epoch - 1:                   # seldom: .tolist waits
-                means = dict(zip(losses, (sums / (i + 1)).tolist()))
-                bar.set_postfix({name: f"{means[name]:.3f}" for name in means if name != "loss"})
-                weights_too = i < per_epoch - 1 or all(p.isfinite().all() for p in parameters)
-                if not (math.isfinite(means["loss"]) and weights_too):
-                    bar.close()
-                    sys.exit(f"afire.py: the loss is not finite at step {step} ({bar.postfix}); "
-                             f"{ckpt} keeps epoch {epoch}. Try a lower --lr or --amp none in "
-                             "another --out, with --init to start from that checkpoint")
-        history.append({"epoch": epoch + 1, **means, "lr": lr})
-        log_file.write_text("".join(json.dumps(record) + "\n" for record in history))
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(), "epoch": epoch + 1, "config": config},
-                   ckpt.with_suffix(".tmp"))
-        ckpt.with_suffix(".tmp").replace(ckpt)
+            last = i == per_epoch - 1
+            if not (last or step % 10 == 0 or signals and world == 1):
+                continue                                               # .tolist waits for the GPU
+            told = torch.cat([sums, sums.new_tensor([len(signals)])])
+            if world > 1:                                              # all stop at the same step
+                torch.distributed.all_reduce(told)
+                told /= world
+            sums, stop = told[:4], bool(told[4])
+            means = dict(zip(("loss", "structure", "category", "restoration"),
+                             (sums / (i + 1)).tolist()))
+            bar.set_postfix({name: f"{means[name]:.3f}" for name in means if name != "loss"})
+            sound = not last or all(p.isfinite().all() for p in trainer.parameters)
+            if not (math.isfinite(means["loss"]) and sound):
+                bar.close()
+                sys.exit(f"afire.py: the loss is not finite at step {step} ({bar.postfix}); "
+                         f"{ckpt} is from before. Try a lower --lr or --amp none in another --out, "
+                         "with --init to start from that checkpoint")
+            if last:
+                history.append({"epoch": epoch + 1, **means, "lr": lr})
+            late = time.monotonic() - saved_at > 60 * args.save_every
+            if rank == 0 and (last or late or stop):
+                save(step + 1)
+                saved_at = time.monotonic()
+            if stop:
+                bar.close()
+                print(f"stopped after step {step + 1} of {total}; the same command goes on from "
+                      "there")
+                sys.exit(128 + max(signals, default=signal.SIGTERM))
     bar.close()
-    torch.save(model.teacher.encoder.state_dict(), out / "encoder.pth")
-    plot_losses(history, out / "losses.png")
-    plot_restoration(model.eval(), to_device(data.images[normals[:4]], device),
-                     out / "restoration.png")
+    if rank == 0:
+        torch.save(trainer.model.teacher.encoder.state_dict(), out / "encoder.pth")
+        plot_losses(history, out / "losses.png")
+        plot_restoration(trainer.model.eval(), to_device(data.images[normals[:4]], device),
+                         out / "restoration.png")
     print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), restoration.png, losses.png")
 
 def read_checkpoint(path):
@@ -1116,6 +1248,8 @@ def plot_tokens(tokens, file):
 def find_device(name):
     """The device of this name, after a trial: a GPU that is not there is told before any work."""
     try:
+        if name == "cuda":                         # torchrun gives each process one of them
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name} is not to be had here") from error
@@ -1159,6 +1293,11 @@ def parse_arguments(argv=None):
     add("--out", default="runs/afire", help="folder of the run; one that is there is gone on with "
         "(%(default)s)")
     add("--init", help="checkpoint that the encoder starts from")
+    add("--save-every", type=float, default=30, help="minutes between checkpoints; one is also "
+        "made at the end of an epoch (%(default)s)")
+    add("--grad-accum", type=int, default=1, help="parts that a batch is worked through in, to "
+        "save memory; the losses see one part at a time (%(default)s)")
+    add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--amp", choices=["none", "bf16", "fp16"], help="autocast (%(default)s)", default="none"
         if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
@@ -1188,6 +1327,8 @@ def main(argv=None):
     except (InputError, OSError) as error:
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 if __name__ == "__main__":
     main()
