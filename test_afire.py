@@ -11,8 +11,10 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -832,9 +834,146 @@ def test_a_resumed_run_equals_an_unbroken_one(run, radiographs, tmp_path, monkey
     assert len(load_run(tmp_path)[1]) == 1 and not equal(load_run(tmp_path), load_run(run))
     afire.main(command)
     assert equal(load_run(tmp_path), load_run(run)), "weights, optimiser, log"
-    with pytest.raises(SystemExit) as stopped:                         # another run is not resumed
-        afire.main([*command, "--seed", "7"])
-    assert stopped.value.code == 2
+
+
+def processes(n, arguments):
+    """The command under torchrun, as n processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={n}", afire.__file__, *arguments]
+    done = subprocess.run(command, timeout=280, capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def same_run(a, b, tolerance):
+    """Do two runs agree, in weights, prototypes and log, up to rounding?"""
+    (a, a_log), (b, b_log) = load_run(a), load_run(b)
+    for ours, theirs in zip(map(json.loads, a_log), map(json.loads, b_log), strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance)
+    for key, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][key], rtol=0.1, atol=tolerance)
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_there(run, radiographs, tmp_path):
+    """L_cate contrasts tokens of images that lie in different processes: all must be gathered."""
+    command = pretraining(radiographs, tmp_path)
+    told = processes(2, command)
+    assert told.count("pre-training on") == 1, "one of them speaks"
+    same_run(tmp_path, run, 1e-5)
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    first = torch.load(tmp_path / "previous.pth", weights_only=True)   # after one epoch of two
+    assert 2 * first["step"] == state["step"]
+    (tmp_path / "previous.pth").replace(tmp_path / "checkpoint.pth")
+    afire.main(command)
+    same_run(tmp_path, run, 1e-5)
+
+
+def test_parts_of_a_batch_train_as_the_whole_where_the_loss_is_a_mean_of_images(
+        radiographs, tmp_path):
+    command = [*pretraining(radiographs, tmp_path / "a"), "--structure-weight", "0",
+               "--category-weight", "0"]
+    afire.main(command)
+    afire.main([*command, "--out", str(tmp_path / "b"), "--grad-accum", "4"])
+    losses = [[json.loads(line)["restoration"] for line in load_run(tmp_path / name)[1]]
+              for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def start(command, out):
+    """The command in its own process, once it has begun to train in `out`."""
+    process = subprocess.Popen([sys.executable, afire.__file__, *command], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (out / "config.json").exists():
+        time.sleep(0.01)
+    return process
+
+
+def longer(command):
+    return [*command, "--epochs", "12", "--save-every", "0"]
+
+
+@pytest.fixture(scope="session")
+def unbroken(radiographs, tmp_path_factory):
+    """A run of 24 steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("unbroken")
+    afire.main(longer(pretraining(radiographs, out)))
+    return out
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+        unbroken, radiographs, tmp_path, number, status):
+    command = longer(pretraining(radiographs, tmp_path))
+    process = start(command, tmp_path)
+    time.sleep(0.1)
+    process.send_signal(number)
+    told, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors
+    assert "goes on" in told and 0 < load_run(tmp_path)[0]["step"] < 24
+    afire.main(command)
+    assert equal(load_run(tmp_path), load_run(unbroken))
+
+
+@pytest.mark.parametrize("seed", range(30 if os.environ.get("AFIRE_SLOW") else 3))
+def test_a_killed_run_goes_on_as_if_nothing_had_been(unbroken, radiographs, tmp_path, seed):
+    """At any moment, as with a power cut; it saves at every tenth step and at every epoch's end."""
+    random, command = np.random.default_rng(seed), longer(pretraining(radiographs, tmp_path))
+    for _ in range(2):
+        process = start(command, tmp_path)
+        time.sleep(random.uniform(0, 1.5))
+        process.kill()
+        process.communicate(timeout=60)
+    afire.main(command)
+    assert equal(load_run(tmp_path), load_run(unbroken))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(unbroken, radiographs, tmp_path, monkeypatch,
+                                                      capsys):
+    def write_until_full(state, stream):
+        if state["step"] > 4:
+            stream.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(state, stream)
+
+    save, command = torch.save, longer(pretraining(radiographs, tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(torch, "save", write_until_full)
+        afire.main(command)
+    assert stopped.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert load_run(tmp_path)[0]["step"] == 4 and not list(tmp_path.glob("*.partial"))
+    afire.main(command)
+    assert equal(load_run(tmp_path), load_run(unbroken))
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(radiographs, tmp_path):
+    command = [*pretraining(radiographs, tmp_path), "--epochs", "10000"]
+    first = start(command, tmp_path)
+    second = shell(*command)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2 and "another run" in second.stderr
+    third = start(command, tmp_path)
+    time.sleep(0.1)
+    third.send_signal(signal.SIGINT)
+    assert third.wait(60) == 130, "a dead process holds no lock"
+
+
+@pytest.mark.parametrize("change", ["--arch vit_tiny", "--img-size 40", "--seed 7", "--lr 1"])
+def test_another_run_is_not_gone_on_with(run, radiographs, capsys, change):
+    before = load_run(run)
+    with pytest.raises(SystemExit) as stopped:
+        afire.main([*pretraining(radiographs, run), *change.split()])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and change.split()[0].strip("-").replace("-", "_") in told
+    assert equal(load_run(run), before)
+
+
+def test_bench_tells_the_cost_of_a_run():
+    done = shell("bench", "--batch-size", "2", "--img-size", "32", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    for part in "decode", "cached read", "lesion mask", "bare backbone", "full step", "memory":
+        assert part in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(radiographs, tmp_path, monkeypatch):
