@@ -55,6 +55,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+__version__ = "1.0.0"
+
 # ---- Synthetic lesion mask (Fig. 2, left) --------------------------------------------------------
 
 def otsu_threshold(levels):
@@ -434,6 +436,36 @@ class AFiRe(nn.Module):
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
                              1 - momentum)
 
+    @classmethod
+    def from_release(cls, checkpoint):
+        """The authors' checkpoint, {"student": state, "teacher": state}, which has no prototypes.
+
+        Their last layers, a module of weight_g (all 1) and weight_v for each position, become one.
+        """
+        def rename(state):
+            state = {key.removeprefix("module."): value for key, value in state.items()}
+            layers = []
+            while f"head.last_layers.{len(layers)}.weight_v" in state:
+                layers.append(state[f"head.last_layers.{len(layers)}.weight_v"])
+            return {**{key: value for key, value in state.items() if "last_layers" not in key},
+                    "head.last_layers": torch.stack(layers)}
+
+        def depth(part):
+            return len({key.split(".")[2] for key in student if key.startswith(f"{part}.blocks.")})
+
+        student, teacher = rename(checkpoint["student"]), rename(checkpoint["teacher"])
+        dim, _, _, patch_size = student["encoder.patch_embed.proj.weight"].shape
+        num_patches, out_dim, bottleneck_dim = student["head.last_layers"].shape
+        decoder_dim = len(student["decoder.embedding.weight"])
+        model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim, depth("encoder"),
+                    max(1, dim // 64), out_dim, len(student["head.mlp.0.weight"]), bottleneck_dim,
+                    decoder_dim, depth("decoder"), max(1, decoder_dim // 32))
+        model.decoder.load_state_dict({key.removeprefix("decoder."): student.pop(key)
+                                       for key in list(student) if key.startswith("decoder.")})
+        model.student.load_state_dict(student)
+        model.teacher.load_state_dict(teacher)
+        return model
+
     @torch.no_grad()
     def features(self, images):
         """The teacher's tokens, to be used downstream [R]: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
@@ -463,7 +495,9 @@ def is_normal(name):
 def read_csv(file, columns):
     """-> a dictionary for each line."""
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        rows = list(csv.DictReader(stream))
+        header = stream.readline()
+        stream.seek(0)
+        rows = list(csv.DictReader(stream, delimiter=max(",;\t", key=header.count)))
     missing = [column for column in columns if not rows or rows[0].get(column) is None]
     if missing:
         raise InputError(f"{file} has no column {missing[0]!r}: it needs {', '.join(columns)}")
@@ -498,7 +532,8 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     else:
         records = [{"name": path.relative_to(data).as_posix(), "path": path}
                    for path in sorted(data.rglob("*"))
-                   if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")]
+                   if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff",
+                                              ".dcm")]
         for record in records:
             folders = [*record["name"].split("/")[:-1], "unsorted"]
             record["findings"] = next({part} for part in folders
@@ -517,8 +552,9 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
             record["findings"] = {each.strip() for each in record["findings"].split("|")
                                   if not is_normal(each)}
     if not records:
-        raise InputError(f"--data {data} is neither a list of images nor a folder with PNG, JPEG, "
-                         "BMP or TIFF images" + (f" that {labels} tells of" if labels else ""))
+        raise InputError(f"--data {data} is neither a list of images nor a folder with PNG, "
+                         "JPEG, BMP, TIFF or DICOM files"
+                         + (f" that {labels} tells of" if labels else ""))
     split = {record["name"].split("/")[0] for record in records} >= {"train", "test"}
     for record in records:
         guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
@@ -527,9 +563,23 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
                           zlib.crc32(patient.encode()) % 1000 < 1000 * test_fraction)
     return records
 
+def open_image(path):
+    """A Pillow image; of DICOM the pixels as they are meant to be seen, in floating point."""
+    if path.suffix.lower() != ".dcm":
+        return Image.open(path)
+    try:
+        import pydicom
+    except ImportError as error:
+        raise InputError(f"{path} is DICOM: `pip install pydicom` to read it") from error
+    file = pydicom.dcmread(path)
+    pixels = pydicom.pixels.apply_rescale(file.pixel_array, file)
+    pixels = pydicom.pixels.apply_windowing(pixels, file).astype(np.float32)
+    inverted = file.PhotometricInterpretation == "MONOCHROME1"
+    return Image.fromarray(pixels.max() - pixels if inverted else pixels)
+
 def read_image(path, size):
     """One file, squashed: -> (size, size) uint8. Over 8 bits, by its own minimum and maximum."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode[0] in "IF":
             pixels = np.asarray(image, np.float32)
             low, high = float(pixels.min()), float(pixels.max())
@@ -559,6 +609,8 @@ def cached_images(paths, size, cache):
             try:
                 images[i, 0] = read_image(paths[i], size)
                 return True
+            except InputError:
+                raise
             except Exception:                     # each decoder fails in its own ways
                 return False
 
@@ -602,10 +654,14 @@ def read_boxes(file, data):
     for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"]):
         record = by_name.get(row["image"])
         if record:
-            with Image.open(record["path"]) as image:
+            with open_image(record["path"]) as image:
                 scale = side / np.array(image.size)
-            corner = scale * [float(row["x"]), float(row["y"])]
-            end = corner + scale * [float(row["w"]), float(row["h"])]
+            try:
+                x, y, w, h = (float(row[key]) for key in "xywh")
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{file}: the box of {row['image']} has no number in one of x, y, "
+                                 "w, h: correct it") from error
+            corner, end = scale * [x, y], scale * [x + w, y + h]
             (left, top), (right, bottom) = np.floor([corner, end + 0.999]).astype(int).clip(0, side)
             mask = record.setdefault("mask", np.zeros((side, side), bool))
             mask[top:bottom, left:right] = True
@@ -688,8 +744,8 @@ def radiograph(rng, size):
     nx, ny = -math.copysign(width, side) * draw(0.5, 0.78), apex + draw(0.25, 0.55) * (floor - apex)
     spot = np.hypot(x - nx, y - ny) / max(draw(0.04, 0.08), 0.75 * px * zoom)
     density += nodule * draw(0.1, 0.18) * np.sqrt(np.maximum(1 - spot ** 2, 0))
-    density *= 1 + draw(-0.15, 0.15) * np.sin(draw(-2, 2) * x + draw(-2, 2) * y + draw(0, 6))
-    film = (1 - np.exp(-draw(0.9, 3.2) * np.maximum(density, 0))) ** draw(0.8, 2.2)
+    density *= 1 + draw(-0.25, 0.25) * np.sin(draw(-2, 2) * x + draw(-2, 2) * y + draw(0, 6))
+    film = (1 - np.exp(-draw(0.8, 3.6) * np.maximum(density, 0))) ** draw(0.7, 2.6)
     grain = draw(0.004, 0.012) * rng.standard_normal((size, size), dtype=np.float32)
     film = 0.03 + 0.93 * film + grain + 0.7 * (np.roll(grain, 1, 0) + np.roll(grain, 1, 1))
     masks = np.stack([nodule & (spot < 1), fluid > 0.1, excess > 0.1, free > 0.1])
@@ -887,13 +943,13 @@ def train(args, rank, world):
     trainer, start, history = Trainer(args, rank, world), 0, []
     sums = torch.zeros(4, device=device)                               # of the losses, this epoch
     if args.init:
-        weights = load_encoder(args.init).state_dict()
-        for network in trainer.model.student, trainer.model.teacher:
-            if any(weights[key].shape != value.shape
-                   for key, value in network.encoder.state_dict().items()):
-                raise InputError(f"--init {args.init} does not fit --arch {args.arch}, --img-size "
-                                 f"{args.img_size} and --patch-size {args.patch_size}: change them")
-            network.encoder.load_state_dict(weights)
+        try:
+            weights = load_encoder(args.init, args.img_size).state_dict()
+            for network in trainer.model.student, trainer.model.teacher:
+                network.encoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(f"--init {args.init} does not fit --arch {args.arch} and --patch-size "
+                             f"{args.patch_size}: change these") from error
     per_epoch = len(normals) // args.batch_size
     total = args.epochs * per_epoch
     if state:
@@ -964,8 +1020,12 @@ def read_checkpoint(path):
     except Exception as error:                    # each broken file fails in its own way
         raise InputError(f"{path} is not a checkpoint of tensors: name another") from error
 
-def load_encoder(path):
-    """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT."""
+def load_encoder(path, img_size=None):
+    """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT.
+
+    Its positions are interpolated if img_size, in pixels, has another grid than they. It prints
+    what it takes and what it leaves.
+    """
     state = read_checkpoint(path)
     for key in "model", "teacher", "state_dict":
         state = state[key] if isinstance(state.get(key), dict) else state
@@ -974,15 +1034,25 @@ def load_encoder(path):
                    if f"{prefix}patch_embed.proj.weight" in state), None)
     if prefix is None:
         raise InputError(f"{path} holds no ViT: there is no patch_embed.proj.weight in it")
-    state = {key.removeprefix(prefix): value for key, value in state.items()
+    taken = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix)}
-    dim, in_chans, _, patch_size = state["patch_embed.proj.weight"].shape
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    vit = ViT(side * patch_size, patch_size, in_chans, dim, depth, max(1, dim // 64))
-    missing = vit.load_state_dict(state, strict=False).missing_keys
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing[:3])} of a ViT with {depth} blocks")
+    depth = len({key.split(".")[1] for key in taken if key.startswith("blocks.")})
+    dim, in_chans, _, patch_size = taken["patch_embed.proj.weight"].shape
+    try:
+        positions = taken["pos_embed"]                                         # (1, 1 + L, D)
+        side = math.isqrt(positions.shape[1] - 1)
+        size = img_size or side * patch_size
+        if size != side * patch_size:
+            grid = unpatchify(positions[:, 1:], 1)                             # (1, D, side, side)
+            grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
+            taken["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
+        vit = ViT(size, patch_size, in_chans, dim, depth, max(1, dim // 64))
+        vit.load_state_dict({key: taken[key] for key in vit.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is not a ViT of {depth} blocks: {error}") from error
+    left = [key for key in state if key.removeprefix(prefix) not in vit.state_dict()]
+    print(f"{path}: {len(vit.state_dict())} tensors of {prefix or 'the encoder'} taken, "
+          f"{len(left)} left" + (f": {', '.join(left[:4])}, ..." if left else ""))
     return vit
 
 # ---- Bench ---------------------------------------------------------------------------------------
@@ -1162,21 +1232,58 @@ def anomaly_maps(model, normals, images, shrinkage=0.1):
     return {name: F.interpolate(torch.cat(each), images.shape[-2:], mode="bilinear").squeeze(1)
             .cpu().numpy() for name, each in maps.items()}
 
+def image_scores(maps):
+    """An image scores the mean of its map's top twentieth: (n, S, S) -> (n,)."""
+    ranked = np.sort(maps.reshape(len(maps), -1))
+    return ranked[:, -(ranked.shape[1] // 20 + 1):].mean(1)
+
 def evaluate_anomaly(maps, abnormal, masks, located):
     """Detection of images and of pixels, for each score of the maps (n, S, S).
 
     abnormal (n,) bool, masks (n, S, S) bool, located (n,) bool: is the mask known? The others
-    count as images only. An image scores the mean of its map's top twentieth.
+    count as images only.
     """
     report = {}
     for name, each in maps.items():
-        ranked = np.sort(each.reshape(len(each), -1))
-        image = detection(ranked[:, -(ranked.shape[1] // 20 + 1):].mean(1), abnormal)
+        image = detection(image_scores(each), abnormal)
         pixel = detection(each[located].ravel(), masks[located].ravel())
         report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"],
                         "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
                         "dice": pixel["dice"]}
     return report
+
+def in_batches(function, images, rows, device):
+    """function of images[rows] on the device, 64 at a time: (n, ...)."""
+    parts = np.array_split(rows, 1 + len(rows) // 64)
+    return torch.cat([function(to_device(images[part], device)) for part in parts])
+
+def rank_images(model, run, data, device, out):
+    """For images without labels: how odd does each look beside normal training images of the run?
+
+    Half of these are compared with, the other half tells which scores are usual. Writes scores.csv
+    and the map of the first eight, by the score `neighbours`.
+    """
+    normals = np.random.default_rng(0).permutation(run.train[~run.labels[run.train].any(1)])
+    tokens = in_batches(model.features, run.images, normals[:1000:2], device)
+
+    def score(x):
+        return torch.from_numpy(image_scores(anomaly_maps(model, tokens, x)["neighbours"]))
+
+    usual = in_batches(score, run.images, normals[1:1000:2], device)
+    rows = np.union1d(data.train, data.test)
+    scores = in_batches(score, data.images, rows, device)
+    order = scores.argsort(descending=True).numpy()
+    with open(out / "scores.csv", "w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream)
+        table.writerow(["image", "score", "percentile"])
+        table.writerows([data.records[rows[i]]["name"], f"{scores[i]:.4f}",
+                         f"{100 * (usual < scores[i]).double().mean():.1f}"] for i in order)
+    first = to_device(data.images[rows[order[:8]]], device)
+    maps = anomaly_maps(model, tokens, first)["neighbours"]
+    plot_images(out / "highest.png", {"image": (first[:, 0].cpu().numpy(), "gray"),
+                                      "neighbours": (maps, "magma")})
+    print(f"no labels in --data: scores of {len(rows)} images, the oddest first, and percentiles "
+          f"among {len(usual)} normal training images, in {out}: scores.csv, highest.png")
 
 def evaluate(args):
     """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
@@ -1195,6 +1302,12 @@ def evaluate(args):
     args = argparse.Namespace(**{"boxes": None, **checkpoint["config"], "out": str(ckpt.parent),
                                  **moved, **given})
     data, device, random = load_radiographs(args), args.device, np.random.default_rng(0)
+    out.mkdir(exist_ok=True)
+    if "data" in given and not data.findings:
+        run = load_radiographs(argparse.Namespace(**{**checkpoint["config"], "out": args.out}))
+        model = build_model(args).to(device).eval()
+        model.load_state_dict(checkpoint["model"])
+        return rank_images(model, run, data, device, out)
     if args.boxes and args.data:
         read_boxes(args.boxes, data)
     normal = ~data.labels.any(1)
@@ -1219,11 +1332,9 @@ def evaluate(args):
         model = build_model(args).to(device).eval()
         if name == "checkpoint":
             model.load_state_dict(checkpoint["model"])
-        features = torch.zeros(len(normal), model.teacher.encoder.cls_token.shape[2])
-        for part in np.array_split(np.union1d(data.train, data.test), 1 + len(normal) // 64):
-            features[part] = model.features(to_device(data.images[part], device)).mean(1).cpu()
-        normals = torch.cat([model.features(to_device(data.images[part], device))
-                             for part in np.array_split(fit, 1 + len(fit) // 64)])
+        features = in_batches(lambda x: model.features(x).mean(1), data.images,
+                              np.arange(len(normal)), device).cpu()            # (n, D)
+        normals = in_batches(model.features, data.images, fit, device)         # (N, L, D)
         if name == "random_init":                 # its prototypes: the mean over normal images
             model.prototypes.update(model.teacher.head(normals))
         tokens[name] = model.features(healthy[:24]).cpu()                      # (24, L, D)
@@ -1234,7 +1345,6 @@ def evaluate(args):
             report[name][kind] = evaluate_anomaly(maps[kind], *truth)
         report[name]["cohesion"] = silhouette(
             tokens[name].flatten(0, 1), torch.arange(normals.shape[1]).repeat(len(tokens[name])))
-    out.mkdir(exist_ok=True)
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
     (out / "metrics.json").write_text(json.dumps(report, indent=2))
     print(f"{'':44} checkpoint  untrained")
@@ -1327,11 +1437,10 @@ def parse_arguments(argv=None):
     """Every option is declared once; those that a preset sets, with the value in each preset."""
     presets = "phantoms", "small", "paper"
     by_preset = {
-        "arch": ("encoder: vit_micro, vit_tiny, vit_small, vit_base", "vit_micro", "vit_micro",
-                 "vit_base"),
+        "arch": ("encoder", "vit_micro", "vit_micro", "vit_base"),
         "img-size": ("side of the square that images are squashed to, in pixels", 64, 64, 224),
         "patch-size": ("side of a token's patch, in pixels", 8, 8, 16),
-        "epochs": ("an epoch is each normal image once", 15, 40, 400),
+        "epochs": ("an epoch is each normal image once", 18, 40, 400),
         "warmup-epochs": ("epochs of linear warm-up", 2.0, 3.0, 10.0),
         "batch-size": ("images in a step, over all processes", 16, 32, 64),
         "lr": ("peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
@@ -1344,6 +1453,7 @@ def parse_arguments(argv=None):
     best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
 
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"AFiRe {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = argparse.ArgumentParser(add_help=False)
     test = verbs.add_parser("eval", help="evaluate a run, on its data or on --data",
@@ -1373,7 +1483,8 @@ def parse_arguments(argv=None):
     add("--preset", choices=presets, help="one of the three defaults of each option below: "
         "phantoms without --data, else paper on a CUDA GPU, small elsewhere")
     for name, (text, *values) in by_preset.items():
-        add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
+        add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}",
+            choices=["vit_micro", "vit_tiny", "vit_small", "vit_base"] if name == "arch" else None)
     verbs.add_parser("pretrain", parents=[train], help="pre-train on normal radiographs")
     verbs.add_parser("bench", parents=[train], help="time a pretrain with these options")
     args = parser.parse_args(argv)
@@ -1384,8 +1495,8 @@ def parse_arguments(argv=None):
             key, value = name.replace("-", "_"), values[presets.index(args.preset)]
             if getattr(args, key) is None:
                 setattr(args, key, value)
-            if isinstance(value, int) and getattr(args, key) < 1:
-                parser.error(f"--{name} must be at least 1")
+            if not isinstance(value, str) and getattr(args, key) < isinstance(value, int):
+                parser.error(f"--{name} must be at least {isinstance(value, int):d}")
         if args.img_size % args.patch_size:
             parser.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
                         f"{args.patch_size}: change one of them")

@@ -5,16 +5,21 @@ They need pytest, timm, scikit-learn and opencv-python-headless; `pytest test_af
 """
 
 import argparse
+import contextlib
 import copy
+import csv
 import functools
+import io
 import json
 import math
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import cv2
@@ -510,6 +515,122 @@ def assert_split_by_patient(data, patient_of, patients):
     assert train and test and not train & test and len(train | test) == patients
 
 
+FAULTS = {
+    "empty.png": lambda file: file.write_bytes(b""),
+    "text.png": lambda file: file.write_text("a letter, not a picture"),
+    "cut.png": lambda file: file.write_bytes(png(GREY)[:-40]),
+    "cut.jpg": lambda file: (Image.fromarray(GREY).save(file), os.truncate(file, 300)),
+    "nan.tif": lambda file: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(file),
+    "bomb.png": lambda file: Image.new("1", (20000, 20000)).save(file),
+    "loop.png": lambda file: file.symlink_to(file.name),
+    "folder.png": lambda file: file.mkdir()}
+
+
+def png(array):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "png")
+    return stream.getvalue()
+
+
+def test_faulty_files_are_left_out_and_odd_ones_are_read(tmp_path, capsys):
+    folder = tmp_path / "images"
+    odd = ["a name with spaces.png", "ein Röntgenbild \u80ba.png", "a\nnewline.png", "wide.png",
+           "one.png", "cmyk.jpg", "moving.png", "black.png"]
+    save_images(folder, *odd[:3])
+    Image.new("L", (20000, 10)).save(folder / "wide.png")
+    Image.new("L", (1, 1)).save(folder / "one.png")
+    Image.new("CMYK", (30, 30)).save(folder / "cmyk.jpg")
+    frames = [Image.new("L", (30, 30), grey) for grey in (50, 200)]
+    frames[0].save(folder / "moving.png", save_all=True, append_images=frames[1:])
+    Image.new("L", (30, 30)).save(folder / "black.png")
+    for name, make in FAULTS.items():
+        make(folder / name)
+    (folder / "again").symlink_to(folder, target_is_directory=True)
+    data = load(folder, cache=tmp_path / "cache")
+    told = capsys.readouterr().out
+    assert all(name in told for name in FAULTS) and not any(name in told for name in odd)
+    read = {data.records[row]["name"] for row in np.union1d(data.train, data.test)}
+    assert read == set(odd)
+
+
+def dicom(file, pixels, interpretation="MONOCHROME2", **tags):
+    """A 12-bit DICOM file of pixels."""
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    dataset = pydicom.dataset.FileDataset(str(file), {}, file_meta=meta, preamble=bytes(128))
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, interpretation
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.PixelRepresentation, dataset.PixelData = 0, pixels.astype(np.uint16).tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.save_as(file)
+
+
+def test_dicom_is_read_as_it_is_meant_to_be_seen(tmp_path):
+    ramp = np.tile(np.arange(0, 4096, 128), (32, 1))
+    dicom(tmp_path / "plain.dcm", ramp)
+    dicom(tmp_path / "inverted.dcm", ramp, "MONOCHROME1")
+    dicom(tmp_path / "scaled.dcm", ramp, RescaleSlope=2, RescaleIntercept=-1000)
+    dicom(tmp_path / "window.dcm", ramp, WindowCenter=2048, WindowWidth=1024)
+    plain, inverted, scaled, window = (
+        afire.read_image(tmp_path / f"{name}.dcm", 32).astype(int)[0]
+        for name in ("plain", "inverted", "scaled", "window"))
+    np.testing.assert_allclose(plain, np.linspace(0, 255, 32), atol=1)
+    np.testing.assert_allclose(inverted, plain[::-1], atol=1)
+    np.testing.assert_allclose(scaled, plain, atol=1)
+    assert (window[:12] == 0).all() and (window[20:] == 255).all() and 100 < window[16] < 155
+
+
+def test_dicom_without_pydicom_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.dcm").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(SystemExit) as stopped:
+        afire.main(pretraining(tmp_path, tmp_path / "run"))
+    assert stopped.value.code == 2 and "pip install pydicom" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("AFIRE_FUZZ" not in os.environ, reason="AFIRE_FUZZ=SECONDS runs it")
+def test_fuzz_images_and_checkpoints(tmp_path):
+    """Mutated bytes end in pixels, in weights or in a plain refusal; never in a hang or worse."""
+    random, until, done = np.random.default_rng(), time.time() + float(os.environ["AFIRE_FUZZ"]), 0
+    torch.save(timm_vit(**{**WIDE, "embed_dim": 64, "num_heads": 1}).state_dict(),
+               tmp_path / "vit.pth")
+    for name in "a.png", "b.jpg", "c.bmp", "d.tif":
+        Image.fromarray(GREY).save(tmp_path / name)
+    Image.fromarray(GREY.astype(np.uint16) * 200).save(tmp_path / "e.png")
+    seeds = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while time.time() < until:
+        name = random.choice(list(seeds))
+        content = bytearray(seeds[name])
+        for _ in range(random.integers(1, 20)):
+            content[random.integers(min(len(content), random.choice([64, 10 ** 9])))] = \
+                random.integers(256)
+        file = tmp_path / f"mutated{Path(name).suffix}"
+        file.write_bytes(content[:random.integers(len(content))] if random.random() < 0.2
+                         else content)
+        started = time.time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if file.suffix == ".pth":
+                with contextlib.suppress(afire.InputError):
+                    afire.load_encoder(file)
+            else:
+                with contextlib.suppress(afire.InputError):
+                    afire.cached_images([file], 16, tmp_path / "cache")
+                for each in (tmp_path / "cache").iterdir():
+                    each.unlink()
+        assert time.time() - started < 10
+        done += 1
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{done} mutated files, memory grew by {grown / 1024:.0f} MiB")
+    assert grown < 500 * 1024
+
+
 def test_class_folders_tell_findings_and_split(tmp_path):
     save_images(tmp_path / "d", "train/NORMAL/a.png", "train/EFFUSION/b.png", "test/MASS/e.bmp",
                 "test/No_Finding/c.JPG", "train/NORMAL/f.tif")
@@ -632,6 +753,61 @@ def test_load_encoder_knows(tmp_path, kind):
     images = torch.randn(2, 3, 32, 32)
     tokens = afire.load_encoder(tmp_path / "file.pth")(images)
     torch.testing.assert_close(tokens, expected(images), atol=1e-5, rtol=1e-4)
+
+
+def test_positions_are_interpolated_as_timm_does(tmp_path):
+    vit, larger = timm_vit(**WIDE), timm_vit(**{**WIDE, "img_size": 48})
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    state = vit.state_dict()
+    state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        state["pos_embed"], [6, 6], num_prefix_tokens=1)
+    larger.load_state_dict(state)
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(afire.load_encoder(tmp_path / "vit.pth", 48)(images),
+                               larger.forward_features(images), atol=1e-4, rtol=1e-4)
+
+
+def test_load_encoder_says_what_it_takes_and_what_does_not_fit(tmp_path, capsys):
+    state = {**timm_vit(**WIDE).state_dict(), "head.weight": torch.zeros(9, 128)}
+    torch.save(state, tmp_path / "vit.pth")
+    afire.load_encoder(tmp_path / "vit.pth")
+    assert "1 left: head.weight" in capsys.readouterr().out
+    for key, wrong in (("norm.weight", None), ("blocks.1.mlp.fc1.weight", torch.zeros(3, 3)),
+                       ("pos_embed", torch.zeros(1, 6, 128)), ("pos_embed", None)):
+        broken = {**state, key: wrong}
+        torch.save({k: v for k, v in broken.items() if v is not None}, tmp_path / "broken.pth")
+        with pytest.raises(afire.InputError, match=key.split(".")[-2] if "." in key else "ViT"):
+            afire.load_encoder(tmp_path / "broken.pth")
+
+
+def test_timm_loads_the_encoder_strictly():
+    ours, theirs = afire.ViT().eval(), timm.create_model("vit_base_patch16_224", num_classes=0)
+    theirs.eval().load_state_dict(ours.state_dict())
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(image), theirs.forward_features(image), atol=1e-4,
+                                   rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_from_release_reads_the_authors_layout(prefix):
+    model = tiny_model(embed_dim=128, decoder_dim=64, decoder_heads=2)
+    for parameter in model.teacher.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    def theirs(state):
+        layers = state.pop("head.last_layers")
+        state |= {f"head.last_layers.{i}.weight_v": layer for i, layer in enumerate(layers)}
+        state |= {f"head.last_layers.{i}.weight_g": torch.ones(len(layer), 1)
+                  for i, layer in enumerate(layers)}
+        return {prefix + key: value for key, value in state.items()}
+
+    decoder = {f"decoder.{key}": value for key, value in model.decoder.state_dict().items()}
+    loaded = afire.AFiRe.from_release({
+        "student": theirs({**model.student.state_dict(), **decoder}),
+        "teacher": theirs(dict(model.teacher.state_dict()))}).train()
+    expected, ours = model(*tiny_batch()), loaded(*tiny_batch())
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
 class Trap:
@@ -988,7 +1164,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(radiographs, tmp_path, monkeypa
     assert all(value.isfinite().all() for value in load_run(tmp_path)[0]["model"].values())
 
 
+def test_eval_of_images_without_labels_ranks_them(run, tmp_path):
+    images, _, _, _ = afire.phantoms(12, 40, seed=5)
+    images[7] = 255 * np.random.default_rng(0).random((40, 40))            # no chest at all
+    for i, image in enumerate(images):
+        Image.fromarray(image[0]).save(tmp_path / f"{i}.png")
+    done = shell("eval", "--ckpt", str(run), "--data", str(tmp_path), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    with open(run / "eval/scores.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 12 and rows[0]["image"] == "7.png" and float(rows[0]["percentile"]) == 100
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and (run / "eval/highest.png").exists()
+
+
+def test_identical_images_do_not_make_a_nan(tmp_path):
+    for i in range(200):
+        Image.fromarray(GREY).save(tmp_path / f"{i}.png")
+    afire.main([*pretraining(tmp_path, tmp_path / "run"), "--batch-size", "64"])
+    checkpoint, _ = load_run(tmp_path / "run")
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
 MISTAKES = {
+    "no such architecture": "pretrain --arch vit_huge",
+    "no such device": "pretrain --device abacus",
+    "a negative rate": "pretrain --lr -1",
+    "a batch larger than the data": "pretrain --data {tmp}/fine --batch-size 64",
+    "a batch that parts do not share": "pretrain --data {tmp}/fine --batch-size 8 --grad-accum 3",
+    "a folder that cannot be": "pretrain --data {tmp}/fine --out {tmp}/odd.csv/run",
+    "boxes without numbers": "eval --ckpt {run} --data {tmp}/cases --boxes {tmp}/boxes.csv",
     "no such option": "pretrain --colour red",
     "no such folder": "pretrain --data {tmp}/nowhere",
     "an empty folder": "pretrain --data {tmp}/empty",
@@ -1005,15 +1210,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_sentence(tmp_path, capsys, monkeypatch, mistake):
+def test_a_mistake_ends_in_one_sentence(tmp_path, run, capsys, monkeypatch, mistake):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     save_images(tmp_path, "broken/a.png", "sick/MASS/a.png", "sick/NORMAL/b.png", "fine/a.png")
     for file in "sick/NORMAL/b.png", "broken/a.png":
         (tmp_path / file).write_bytes(b"no image at all")
     (tmp_path / "odd.csv").write_text("file,label\na.png,1\n")
+    save_images(tmp_path, "cases/MASS/c.png", *(f"cases/NORMAL/{i}.png" for i in range(20)))
+    (tmp_path / "boxes.csv").write_text("image,finding,x,y,w,h\nc.png,MASS,1,2,wide,3\n")
     with pytest.raises(SystemExit) as stopped:
-        afire.main(MISTAKES[mistake].format(tmp=tmp_path).split())
+        afire.main(MISTAKES[mistake].format(tmp=tmp_path, run=run).split())
     assert stopped.value.code == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("afire.py")]
     assert len(told) == 1 and len(told[0]) > 30
