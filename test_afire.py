@@ -594,7 +594,8 @@ def test_dicom_without_pydicom_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 def memory():
     """MiB that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
 @pytest.mark.skipif("AFIRE_FUZZ" not in os.environ, reason="AFIRE_FUZZ=SECONDS runs it")
