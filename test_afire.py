@@ -814,6 +814,13 @@ def test_from_release_reads_the_authors_layout(prefix):
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
+@pytest.mark.parametrize("n", range(3))
+def test_the_readme_examples_of_copying_run(tmp_path, monkeypatch, n):
+    monkeypatch.chdir(tmp_path)
+    readme = Path(afire.__file__).with_name("README.md").read_text(encoding="utf-8")
+    exec(readme.split("```python\n")[1 + n].split("```")[0], {})
+
+
 class Trap:
     """Unpickled carelessly, it makes a folder."""
 
