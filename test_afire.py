@@ -22,6 +22,8 @@ import warnings
 from pathlib import Path
 
 import cv2
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import sklearn.covariance
@@ -351,6 +353,38 @@ def test_loss_of_half_precision_is_finite_and_computed_in_full(name, dtype, shar
         value.backward()
         assert value.isfinite() and value.dtype == torch.float32 and x.grad.isfinite().all()
         assert value.item() == pytest.approx(LOSSES[name][0](x.float(), *others).item(), rel=1e-5)
+
+
+TYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 7), st.integers(0, 10 ** 6),
+                  st.sampled_from(TYPES),
+                  st.sampled_from([0, 1e-8, 1, 100, 6e4]), st.sampled_from([0, 0.5, 1]))
+def test_losses_are_finite_for_any_shape_value_and_type(
+        batch, length, k, seed, dtype, scale, share):
+    random = seeded(seed)
+    logits = (scale * (2 * torch.rand(batch, length, k, generator=random) - 1)).to(dtype)
+    logits.requires_grad_()
+    prototypes = scale * (2 * torch.rand(length, k, generator=random) - 1)
+    abnormal = torch.rand(batch, length, generator=random) < share
+    losses = (afire.structure_consistency_loss(logits, afire.sinkhorn(prototypes), abnormal),
+              afire.category_consistency_loss(logits, prototypes, abnormal))
+    sum(losses).backward()
+    assert all(loss.isfinite() and loss >= 0 for loss in losses) and logits.grad.isfinite().all()
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(st.integers(1, 3), st.integers(4, 80), st.integers(4, 80), st.integers(0, 999),
+                  st.sampled_from(TYPES),
+                  st.sampled_from([0, 1e-3, 1]))
+def test_lesions_are_sound_for_any_shape_value_and_type(batch, height, width, seed, dtype, scale):
+    images = (scale * torch.rand(batch, 1, height, width, generator=seeded(seed))).to(dtype)
+    lesioned, mask = afire.synthetic_lesion_mask(images, seeded(seed))
+    assert lesioned.shape == mask.shape == images.shape
+    assert ((0 <= mask) & (mask <= 1)).all() and ((images <= lesioned) & (lesioned <= 1)).all()
+    assert torch.equal(lesioned[mask == 0].to(dtype), images[mask == 0])
 
 
 def test_category_loss_is_zero_for_one_category_and_log_2_at_chance():
