@@ -38,7 +38,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import tempfile
@@ -802,15 +801,9 @@ class Trainer:
             for part in (*self.model.student.values(), *self.model.teacher.values(),
                          self.model.decoder):
                 part.compile()
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.network = self.model if world == 1 else nn.parallel.DistributedDataParallel(
             self.model, broadcast_buffers=False)
-
-    def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-
-    def load_state_dict(self, state):
-        for name in "model", "optimizer", "scaler":
-            getattr(self, name).load_state_dict(state[name])
 
     def step(self, images, rows, step, per_epoch, total):
         """One step on images (n, 1, S, S) uint8 [rows]: -> the four losses (4,), lr.
@@ -953,13 +946,15 @@ def train(args, rank, world):
     per_epoch = len(normals) // args.batch_size
     total = args.epochs * per_epoch
     if state:
-        trainer.load_state_dict(state)
+        for name, part in trainer.parts.items():
+            part.load_state_dict(state[name])
         start, history, sums = state["step"], state["history"], state["sums"].to(device)
         print(f"{out} is at step {start} of {total}: going on from there")
 
     def save(step):
-        save_checkpoint({**trainer.state_dict(), "step": step, "sums": sums.cpu(),
-                         "history": history, "config": config}, ckpt)
+        parts = {name: part.state_dict() for name, part in trainer.parts.items()}
+        save_checkpoint({**parts, "step": step, "sums": sums.cpu(), "history": history,
+                         "config": config}, ckpt)
         lines = "".join(json.dumps(record) + "\n" for record in history)
         (out / "log.jsonl").write_text(lines)
 
@@ -1080,7 +1075,7 @@ def bench(args, rounds=7):
         for i, image in enumerate([] if args.data else phantoms(32, 512)[0]):
             Image.fromarray(image[0]).save(f"{folder}/{i}.png")
         records = find_images(Path(args.data or folder), args.root, args.labels)
-        normals = sum(not record["findings"] for record in records)
+        normals = sum(not record["findings"] for record in records) if args.data else 1000
         paths = [record["path"] for record in records[:64]]
         images, _ = cached_images(paths, size, Path(folder))
         rows = np.resize(np.arange(len(paths)), n)
@@ -1110,15 +1105,18 @@ def bench(args, rounds=7):
     ratio = np.median(np.divide(seconds["full step"], seconds["bare backbone"])[2:])
     speed = flops.get_total_flops() / median["bare backbone"] / 1e9
     limit = 2 * len(a) ** 3 / median["matrix product"] / 1e9
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-              1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    days = args.epochs * normals * median["full step"] / n / 86400
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource                                                # not there on Windows
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hours = args.epochs * normals * median["full step"] / n / 3600
     print(f"{'full step / bare backbone':26} {ratio:10.3f}\n"
           f"{'bare backbone':26} {speed:10.0f} GFLOP/s\n"
           f"{'large matrix product':26} {limit:10.0f} GFLOP/s, of which the backbone reaches "
           f"{speed / limit:.2f}\n"
           f"{'peak memory':26} {memory / 2 ** 30:10.2f} GiB\n"
-          f"{normals} images x {args.epochs} epochs: {days:.2f} days on one such device")
+          f"{normals} images x {args.epochs} epochs on one such device: {hours:.2f} hours")
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 

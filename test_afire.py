@@ -705,6 +705,30 @@ def test_a_csv_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
     assert_split_by_patient(data, lambda name: int(Path(name).stem) // 3, 10)
 
 
+def test_messy_labels(tmp_path, capsys):
+    """A byte order mark, semicolons, images without label, labels without image, duplicates."""
+    save_images(tmp_path, *(f"{i}.png" for i in range(6)))
+    lines = ["image;findings;patient", *(f"{i}.png;{'MASS' if i == 1 else 'No Finding'};p{i % 2}"
+                                         for i in range(4)), "9.png;MASS;p9", "1.png;MASS|EDEMA;p1"]
+    (tmp_path / "labels.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    data = load(tmp_path, labels=str(tmp_path / "labels.csv"), test_fraction=0.5)
+    assert "4 of 6 images" in capsys.readouterr().out
+    told = {record["name"]: record["findings"] for record in data.records}
+    assert told == {"0.png": set(), "1.png": {"MASS", "EDEMA"}, "2.png": set(), "3.png": set()}
+    sides = [{data.records[row]["patient"] for row in rows} for rows in (data.train, data.test)]
+    assert not sides[0] & sides[1], "no patient on both sides"
+
+
+def test_a_probe_of_too_little_is_nan_and_not_half(tmp_path):
+    """No positive in the test split, or none to learn from: undefined, and not in the mean."""
+    labels = np.zeros((40, 3), bool)
+    labels[::2, 0], labels[:20:3, 1], labels[30:, 2] = True, True, True
+    data = afire.Radiographs([], None, labels, ["a", "b", "c"], np.arange(20), np.arange(20, 40))
+    report = afire.evaluate_probe(torch.randn(40, 5, generator=seeded()), data, 0.01)
+    assert math.isnan(report["per_finding"]["b"]) and math.isnan(report["per_finding"]["c"])
+    assert report["macro_auroc"] == pytest.approx(report["per_finding"]["a"], nan_ok=True)
+
+
 def test_boxes_become_masks_of_the_squashed_image(tmp_path):
     save_images(tmp_path / "d", "b.png")
     Image.new("L", (48, 96)).save(tmp_path / "d/a.png")                # 48 wide, 96 high
