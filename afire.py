@@ -982,7 +982,8 @@ def train(args, rank, world):
             means = dict(zip(("loss", "structure", "category", "restoration"),
                              (sums / (i + 1)).tolist()))
             bar.set_postfix({name: f"{means[name]:.3f}" for name in means if name != "loss"})
-            sound = not last or all(p.isfinite().all() for p in trainer.parameters)
+            saving = last or stop or time.monotonic() - saved_at > 60 * args.save_every
+            sound = not saving or all(p.isfinite().all() for p in trainer.parameters)
             if not (math.isfinite(means["loss"]) and sound):
                 bar.close()
                 sys.exit(f"afire.py: the loss is not finite at step {step} ({bar.postfix}); "
@@ -990,8 +991,7 @@ def train(args, rank, world):
                          "with --init to start from that checkpoint")
             if last:
                 history.append({"epoch": epoch + 1, **means, "lr": lr})
-            late = time.monotonic() - saved_at > 60 * args.save_every
-            if rank == 0 and (last or late or stop):
+            if rank == 0 and saving:
                 save(step + 1)
                 saved_at = time.monotonic()
             if stop:
