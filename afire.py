@@ -1272,7 +1272,7 @@ def rank_images(model, run, data, device, out):
     scores = in_batches(score, data.images, rows, device)
     order = scores.argsort(descending=True).numpy()
     with open(out / "scores.csv", "w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream)
+        table = csv.writer(stream, lineterminator="\n")
         table.writerow(["image", "score", "percentile"])
         table.writerows([data.records[rows[i]]["name"], f"{scores[i]:.4f}",
                          f"{100 * (usual < scores[i]).double().mean():.1f}"] for i in order)
@@ -1453,9 +1453,8 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"AFiRe {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    train = argparse.ArgumentParser(add_help=False)
-    test = verbs.add_parser("eval", help="evaluate a run, on its data or on --data",
-                            argument_default=argparse.SUPPRESS)
+    train, test = (argparse.ArgumentParser(add_help=False, argument_default=default)
+                   for default in (None, argparse.SUPPRESS))   # eval falls back on the run's
     for add in train.add_argument, test.add_argument:
         add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms)")
         add("--root", help="folder that the paths in a list start from (the list's)")
@@ -1484,6 +1483,7 @@ def parse_arguments(argv=None):
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}",
             choices=["vit_micro", "vit_tiny", "vit_small", "vit_base"] if name == "arch" else None)
     verbs.add_parser("pretrain", parents=[train], help="pre-train on normal radiographs")
+    verbs.add_parser("eval", parents=[test], help="evaluate a run, on its data or on --data")
     verbs.add_parser("bench", parents=[train], help="time a pretrain with these options")
     args = parser.parse_args(argv)
     if args.verb != "eval":
