@@ -358,7 +358,8 @@ def category_consistency_loss(logits, prototypes, abnormal, temperature=0.1):
     logits (B, L, K), prototypes (L, K), abnormal (B, L) bool -> scalar; a position that has only
     one category counts for nothing.
     """
-    similarity = F.cosine_similarity(logits.float(), prototypes, dim=2) / temperature  # (B, L)
+    # eps keeps the gradient at a vector of zeros within the range of half precision.
+    similarity = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature
     both = abnormal.any(0) & ~abnormal.all(0)                                          # (L,)
     counts = ~abnormal & both                      # (B, L); elsewhere no infinity may come up
     negatives = similarity.masked_fill(counts, -math.inf).logsumexp(0)
