@@ -819,12 +819,13 @@ class Trainer:
         for group, weight_decay in zip(self.optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)             # none on biases and norms
 
+        seed = (args.seed * 2654435769 + step) % 2 ** 32     # generators ignore all further bits
         size, sums = len(rows) // (self.world * args.grad_accum), 0
         self.optimizer.zero_grad()
         for part in range(args.grad_accum):
             first = (part * self.world + self.rank) * size
             normal = to_device(images[rows[first:first + size]], device)
-            generator = torch.Generator().manual_seed((args.seed * 2 ** 40 + step) % 2 ** 63)
+            generator = torch.Generator().manual_seed(seed)
             lesioned, mask = synthetic_lesion_mask(normal, generator, first)
             with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
                 losses = self.network(normal, lesioned, mask, 0.0 if step < per_epoch else None)

@@ -1222,15 +1222,37 @@ def test_bench_tells_the_cost_of_a_run():
         assert part in done.stdout
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(radiographs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad_step", [3, 4])
+def test_a_loss_that_is_not_finite_stops_the_run(radiographs, tmp_path, monkeypatch, bad_step):
+    """Weights that turn bad in the last step of an epoch are not saved, though its loss is fine."""
+    updates = []
+
     def poison(model, _):
-        if (tmp_path / "checkpoint.pth").exists():
+        updates.append(model)
+        if len(updates) == bad_step:
             model.student.encoder.cls_token.data.fill_(math.nan)
 
     monkeypatch.setattr(afire.AFiRe, "update_teacher", poison)
     with pytest.raises(SystemExit, match="finite"):
         afire.main(pretraining(radiographs, tmp_path))
     assert all(value.isfinite().all() for value in load_run(tmp_path)[0]["model"].values())
+
+
+def test_each_step_draws_its_own_lesions_from_seed_and_step_alone(monkeypatch):
+    masks = []
+
+    def record(*arguments):
+        masks.append(lesions(*arguments)[1])
+        return lesions(*arguments[:1], seeded())
+
+    lesions = afire.synthetic_lesion_mask
+    monkeypatch.setattr(afire, "synthetic_lesion_mask", record)
+    images = (255 * phantom_images(4, 32)).byte().numpy()
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        args = afire.parse_arguments(f"pretrain --img-size 32 --seed {seed} --device cpu".split())
+        afire.Trainer(args).step(images, np.arange(4), step, 10, 100)
+    assert torch.equal(masks[0], masks[3])
+    assert not any(torch.equal(masks[0], other) for other in masks[1:3])
 
 
 def test_eval_of_images_without_labels_ranks_them(run, tmp_path):
