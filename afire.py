@@ -30,6 +30,7 @@ In docstrings [P] is what the paper says, [R] what the authors' released code do
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -169,6 +170,19 @@ def synthetic_lesion_mask(images, generator=None, first=0):
     mask = torch.where(mask < 1 / 255, 0, mask).unsqueeze(1)
     return torch.maximum(images, (images + mask).clamp_max(235 / 255)), mask
 
+def random_affine(images, generator=None, first=0):
+    """What the lesions are to replace [P]: a turned crop, which moves the anatomy [D: the numbers].
+
+    In place of synthetic_lesion_mask: a zoom of 1 to 2, up to 10 degrees, anywhere inside.
+    """
+    draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
+    side, angle = 1 - 0.5 * draws[:, 0], (draws[:, 1] - 0.5) * math.pi / 9     # (B,) each
+    linear = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    shift = (2 * draws[:, 2:] - 1) * (1 - side).unsqueeze(1)                   # (B, 2)
+    theta = torch.cat([linear * side.view(-1, 1, 1), shift.unsqueeze(2)], 2)   # (B, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False), torch.zeros_like(images)
+
 # ---- Vision Transformer: names and arithmetic are timm's, positions MAE's ------------------------
 
 def patchify(images, patch_size):
@@ -220,7 +234,11 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 class ViT(nn.Module):
-    """Vision Transformer [P: ViT-B/16]: (B, C, H, W) -> (B, 1 + L, D), the class token first."""
+    """Vision Transformer [P: ViT-B/16]: (B, C, H, W) -> (B, 1 + L, D), the class token first.
+
+    seen (B, L) bool, equally many in each image: only these tokens are worked on, as in MAE, and
+    the others come out as zeros.
+    """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12):
@@ -235,10 +253,14 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, x):
+    def forward(self, x, seen=None):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                # (B, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        return self.norm(self.blocks(x))                                       # (B, 1 + L, D)
+        if seen is None:
+            return self.norm(self.blocks(x))                                   # (B, 1 + L, D)
+        seen = F.pad(seen, (1, 0), value=True)
+        few = self.norm(self.blocks(x[seen].unflatten(0, (len(x), -1))))       # (B, 1 + seen, D)
+        return few.new_zeros(x.shape).masked_scatter(seen.unsqueeze(2), few)
 
 class Decoder(nn.Module):
     """Restores the normal image from the tokens, less the abnormal ones [P: Fig. 2; R].
@@ -345,7 +367,7 @@ def structure_consistency_loss(logits, assignment, abnormal, temperature=0.1):
     cross_entropy = -(assignment * F.log_softmax(logits.float() / temperature, 2)).sum(2)  # (B, L)
     return torch.where(abnormal, 0, cross_entropy).sum() / (~abnormal).sum().clamp_min(1)
 
-def category_consistency_loss(logits, prototypes, abnormal, temperature=0.1):
+def category_consistency_loss(logits, prototypes, abnormal, seen=True, temperature=0.1):
     """L_cate: at each position, normal tokens are nearer to the prototype than abnormal ones [D].
 
         s_ij = cos(Q^S_ij, P_j) / temperature
@@ -355,14 +377,14 @@ def category_consistency_loss(logits, prototypes, abnormal, temperature=0.1):
     prototype as the anchor, normal tokens as positives, the abnormal tokens there as negatives.
     The mean over negatives makes chance log 2 for any batch. Token-to-token contrast stayed at
     chance: at one position all logits point the same way, and only the prototype tells where.
-    logits (B, L, K), prototypes (L, K), abnormal (B, L) bool -> scalar; a position that has only
-    one category counts for nothing.
+    logits (B, L, K), prototypes (L, K), abnormal and seen (B, L) bool -> scalar; an unseen token,
+    and a position that has only one category, count for nothing.
     """
     # eps keeps the gradient at a vector of zeros within the range of half precision.
     similarity = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature
-    both = abnormal.any(0) & ~abnormal.all(0)                                          # (L,)
-    counts = ~abnormal & both                      # (B, L); elsewhere no infinity may come up
-    negatives = similarity.masked_fill(counts, -math.inf).logsumexp(0)
+    normal, abnormal = ~abnormal & seen, abnormal & seen                               # (B, L)
+    counts = normal & abnormal.any(0)
+    negatives = similarity.masked_fill(~abnormal & abnormal.any(0), -math.inf).logsumexp(0)
     negatives = negatives - abnormal.sum(0).clamp_min(1).log()                         # (L,)
     loss = F.softplus(negatives - similarity)
     return torch.where(counts, loss, 0).sum() / counts.sum().clamp_min(1)
@@ -410,22 +432,28 @@ class AFiRe(nn.Module):
         """Three equal channels, ImageNet's mean and std [R]: (B, 1, H, W) -> (B, 3, H, W)."""
         return (images - self.mean) / self.std
 
-    def forward(self, normal, lesioned, mask, prototype_momentum=None):
-        """x, x', M, each (B, 1, H, W) in [0, 1] -> dictionary of the total and the three losses."""
+    def forward(self, normal, lesioned, mask, prototype_momentum=None, seen=None):
+        """x, x', M, each (B, 1, H, W) in [0, 1] -> dictionary of the total and the three losses.
+
+        seen (B, L) bool: the student sees these tokens of x' only [D]. The others are restored,
+        as the abnormal ones are, and count for neither contrast.
+        """
         x, abnormal = self.normalise(normal), abnormal_tokens(mask, self.patch_size)
         if self.training:
             with torch.no_grad():
                 teacher_tokens = self.teacher.encoder(x)[:, 1:]                # (B, L, D)
                 self.prototypes.update(self.teacher.head(teacher_tokens), prototype_momentum)
-        tokens = self.student.encoder(self.normalise(lesioned))                # (B, 1 + L, D)
+        tokens = self.student.encoder(self.normalise(lesioned), seen)          # (B, 1 + L, D)
+        seen = torch.ones_like(abnormal) if seen is None else seen
         logits = self.student.head(tokens[:, 1:])                              # (B, L, K)
-        restored = self.decoder(tokens, abnormal)                              # (B, 3, H, W)
+        restored = self.decoder(tokens, abnormal | ~seen)                      # (B, 3, H, W)
 
         # Both contrasts are over the tokens of all processes, as if it were one.
-        logits, abnormal = gather(logits), gather(abnormal.byte()).bool()
+        logits = gather(logits)
+        abnormal, seen = gather(abnormal.byte()).bool(), gather(seen.byte()).bool()
         assignment, prototypes = self.prototypes.assignment(), self.prototypes.prototypes
-        losses = {"structure": structure_consistency_loss(logits, assignment, abnormal),
-                  "category": category_consistency_loss(logits, prototypes, abnormal),
+        losses = {"structure": structure_consistency_loss(logits, assignment, abnormal | ~seen),
+                  "category": category_consistency_loss(logits, prototypes, abnormal, seen),
                   "restoration": restoration_loss(restored, x)}
         total = sum(weight * loss for weight, loss in zip(self.weights, losses.values()))
         return {"loss": total, **losses}
@@ -577,8 +605,11 @@ def open_image(path):
     inverted = file.PhotometricInterpretation == "MONOCHROME1"
     return Image.fromarray(pixels.max() - pixels if inverted else pixels)
 
-def read_image(path, size):
-    """One file, squashed: -> (size, size) uint8. Over 8 bits, by its own minimum and maximum."""
+def read_image(path, size, equal=False):
+    """One file, squashed: -> (size, size) uint8. Over 8 bits, by its own minimum and maximum.
+
+    equal: its histogram is equalised, as those of MIMIC-CXR-JPG are, on which the paper trains.
+    """
     with open_image(path) as image:
         if image.mode[0] in "IF":
             pixels = np.asarray(image, np.float32)
@@ -590,16 +621,21 @@ def read_image(path, size):
             image.draft("L", (size, size))        # decodes a large JPEG at a fraction of its size
             image = image.convert("L")
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return pixels.round().clip(0, 255).astype(np.uint8)
+    pixels = pixels.round().clip(0, 255).astype(np.uint8)
+    if equal:                                     # a grey level becomes its mean rank
+        counts = np.bincount(pixels.ravel(), minlength=256)
+        rank = 255 * (counts.cumsum() - counts / 2) / pixels.size              # (256,)
+        pixels = rank.round().astype(np.uint8)[pixels]
+    return pixels
 
-def cached_images(paths, size, cache):
+def cached_images(paths, size, cache, equal=False):
     """Files decoded once, in parallel: -> (n, 1, size, size) uint8, memory-mapped; readable (n,).
 
-    The cache is known by the files' names, sizes and times of change, and by the image size.
+    The cache is known by the files' names, sizes and times of change, and by the other options.
     """
     facts = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
              if path.is_file() else str(path) for path in paths]
-    file = cache / (hashlib.sha256(repr((size, facts)).encode()).hexdigest()[:16] + ".npy")
+    file = cache / (hashlib.sha256(repr((size, equal, facts)).encode()).hexdigest()[:16] + ".npy")
     status, partial = file.with_suffix(".readable.npy"), file.with_suffix(".partial")
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -607,7 +643,7 @@ def cached_images(paths, size, cache):
 
         def decode(i):
             try:
-                images[i, 0] = read_image(paths[i], size)
+                images[i, 0] = read_image(paths[i], size, equal)
                 return True
             except InputError:
                 raise
@@ -633,7 +669,8 @@ def load_radiographs(args):
     if args.data:
         records = find_images(Path(args.data), args.root, args.labels, args.test_fraction)
         images, readable = cached_images([record["path"] for record in records], args.img_size,
-                                         Path(args.cache or f"{args.out}/cache"))
+                                         Path(args.cache or f"{args.out}/cache"),
+                                         getattr(args, "levels", "file") == "equal")
     else:
         images, labels, masks, names = phantoms(2500, args.img_size)
         readable = np.ones(len(images), bool)
@@ -819,16 +856,22 @@ class Trainer:
         for group, weight_decay in zip(self.optimizer.param_groups, (decay, 0)):
             group.update(lr=lr, weight_decay=weight_decay)             # none on biases and norms
 
+        augment = synthetic_lesion_mask if args.augment == "lesion" else random_affine
         seed = (args.seed * 2654435769 + step) % 2 ** 32     # generators ignore all further bits
         size, sums = len(rows) // (self.world * args.grad_accum), 0
         self.optimizer.zero_grad()
         for part in range(args.grad_accum):
             first = (part * self.world + self.rank) * size
             normal = to_device(images[rows[first:first + size]], device)
-            generator = torch.Generator().manual_seed(seed)
-            lesioned, mask = synthetic_lesion_mask(normal, generator, first)
+            generator, seen = torch.Generator().manual_seed(seed), None
+            if args.keep < 1:
+                draws = torch.rand(len(rows), self.model.num_patches, generator=generator)
+                rank = draws[first:first + size].argsort(1).argsort(1)         # (B, L)
+                seen = (rank < args.keep * self.model.num_patches).to(device)
+            lesioned, mask = augment(normal, generator, first)
             with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-                losses = self.network(normal, lesioned, mask, 0.0 if step < per_epoch else None)
+                losses = self.network(normal, lesioned, mask, 0.0 if step < per_epoch else None,
+                                      seen)
             self.scaler.scale(losses["loss"] / args.grad_accum).backward()
             sums = sums + torch.stack(list(losses.values())).detach() / args.grad_accum
         if step < per_epoch:
@@ -1145,25 +1188,56 @@ def auroc(scores, labels):
 def linear_probe(train_x, train_y, test_x, penalty=10.0):
     """Ridge regression of each finding on standardised features: -> scores (T, F).
 
-    train_x (n, D), train_y (n, F) bool, test_x (T, D); penalty is scikit-learn's alpha. A finding
-    with only one class in train_y scores NaN.
+    train_x (n, D), train_y (n, F) bool, test_x (T, D); penalty is scikit-learn's alpha.
     """
     mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-6
     x, y = (train_x - mean) / std, torch.from_numpy(train_y).to(train_x.dtype)
     weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-    scores = ((test_x - mean) / std @ weight + y.mean(0)).numpy()
-    scores[:, train_y.all(0) | ~train_y.any(0)] = math.nan
-    return scores
+    return ((test_x - mean) / std @ weight + y.mean(0)).numpy()
 
-def evaluate_probe(features, data, fraction, draws=5, resamples=200):
-    """AUROC of the probe on a fraction of the training labels: macro, its interval, by finding.
+def finetune(model, data, rows, device, steps=300, batch_size=32, lr=1e-3):
+    """Trains a copy of the teacher's encoder, and a linear layer on its mean token, on labels [P].
 
-    features (n, D). A mean over draws of the fraction; a bootstrap over test images and draws.
+    rows are those of data that it may see. Returns scores (T, F) of the test images. Steps, batch
+    and rate are ours [D], and the same for any number of rows and any encoder.
+    """
+    torch.manual_seed(0)
+    encoder = copy.deepcopy(model.teacher.encoder).train()
+    for block in encoder.blocks:
+        block.requires_grad_()
+    layer = nn.Linear(encoder.pos_embed.shape[2], len(data.findings)).to(device)
+    trained = [*encoder.blocks.parameters(), *layer.parameters()]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
+    random = np.random.default_rng(0)
+
+    def predict(images):
+        return layer(encoder(model.normalise(images))[:, 1:].mean(1))          # (B, F)
+
+    for step in range(steps):
+        chosen = random.choice(rows, batch_size)
+        truth = torch.from_numpy(data.labels[chosen]).to(device, torch.float)
+        loss = F.binary_cross_entropy_with_logits(
+            predict(to_device(data.images[chosen], device)), truth)
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(lr, 0.0, step / steps) * min(1, (step + 1) / 30)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return in_batches(predict, data.images, data.test, device).cpu().numpy()
+
+def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
+    """AUROC after learning from a fraction of the training labels: macro, its interval, by finding.
+
+    predict takes the rows of data to learn from and scores the test images (T, F). A mean over
+    draws of the fraction; a bootstrap over test images and draws. Returns the report and the
+    bootstrap's macro AUROCs: two models see the same draws and samples, and can be paired.
     """
     random, truth, scores = np.random.default_rng(0), data.labels[data.test], []
     for _ in range(draws if fraction < 1 else 1):
         rows = random.permutation(data.train)[:max(2, round(fraction * len(data.train)))]
-        scores.append(linear_probe(features[rows], data.labels[rows], features[data.test]))
+        scores.append(predict(rows))
+        scores[-1][:, data.labels[rows].all(0) | ~data.labels[rows].any(0)] = math.nan
 
     def by_finding(draws, rows):
         areas = [[auroc(scores[draw][rows, i], truth[rows, i]) for i in range(truth.shape[1])]
@@ -1178,7 +1252,43 @@ def evaluate_probe(features, data, fraction, draws=5, resamples=200):
                    for _ in range(resamples)]
         return {"macro_auroc": float(np.nanmean(each)),
                 "ci95": np.nanquantile(samples, [0.025, 0.975]).tolist(),
-                "per_finding": dict(zip(data.findings, each.tolist()))}
+                "per_finding": dict(zip(data.findings, each.tolist()))}, samples
+
+def grad_cam(model, weight, images):
+    """Token-wise Grad-CAM on the last block [P], of a score that is linear in the mean token.
+
+    weight (D,), images (B, 1, S, S) -> (B, L): the sum of the channels, each with its mean
+    gradient as its weight, before the negative part is cut.
+    """
+    encoder = model.teacher.encoder
+    with torch.enable_grad():
+        kept, x = [], model.normalise(images).requires_grad_()
+        hook = encoder.blocks[-1].register_forward_hook(lambda *call: kept.append(call[2]))
+        score = encoder(x)[:, 1:].mean(1) @ weight
+        hook.remove()
+        gradient = torch.autograd.grad(score.sum(), kept)[0][:, 1:]            # (B, L, D)
+    return (gradient.mean(1, keepdim=True) * kept[0][:, 1:]).sum(2).detach()
+
+def evaluate_localisation(maps, masks, resamples=1000):
+    """Do maps {score: (n, S, S)} point at the findings in masks (n, S, S), image by image?
+
+    pointing: is the map's maximum on a finding? auroc and dice: of the pixels of one image. Each
+    is a mean over images, with a bootstrap interval over them.
+    """
+    report = {}
+    for name, each in maps.items():
+        best = each.reshape(len(each), -1).argmax(1)
+        found = [detection(a.ravel(), m.ravel()) for a, m in zip(each, masks)]
+        values = {"pointing": np.take_along_axis(masks.reshape(len(masks), -1), best[:, None], 1),
+                  "auroc": [image["auroc"] for image in found],
+                  "dice": [image["dice"] for image in found]}
+        report[name] = {"images": len(masks)}
+        for measure, value in values.items():
+            value = np.asarray(value, float).ravel()
+            draws = np.random.default_rng(0).choice(value, (resamples, len(value))).mean(1)
+            report[name][measure] = {"mean": float(value.mean()),
+                                     "ci95": np.quantile(draws, [0.025, 0.975]).tolist()}
+    return report
 
 def silhouette(points, cluster):
     """Mean silhouette (Rousseeuw, 1987): points (N, D), cluster (N,) integers -> -1 to 1."""
@@ -1228,14 +1338,18 @@ def anomaly_maps(model, normals, images, shrinkage=0.1):
                 restoration_error(model, batch),
                 1 - F.cosine_similarity(logits, model.prototypes.prototypes, dim=2),
                 torch.einsum("bld,lde,ble->bl", off, precision, off), nearest.mean(2).T)):
-            maps[name].append(unpatchify(each.unsqueeze(2), 1))                # (B, 1, side, side)
-    return {name: F.interpolate(torch.cat(each), images.shape[-2:], mode="bilinear").squeeze(1)
-            .cpu().numpy() for name, each in maps.items()}
+            maps[name].append(each)                                            # (B, L)
+    return {name: enlarge(torch.cat(each), images.shape[-1]) for name, each in maps.items()}
+
+def enlarge(tokens, size):
+    """A number for each token, drawn over the image: (n, L) -> (n, size, size) array."""
+    return F.interpolate(unpatchify(tokens.unsqueeze(2), 1), (size, size),
+                         mode="bilinear").squeeze(1).cpu().numpy()
 
 def image_scores(maps):
-    """An image scores the mean of its map's top twentieth: (n, S, S) -> (n,)."""
+    """An image scores the mean of its map's top quarter: (n, S, S) -> (n,)."""
     ranked = np.sort(maps.reshape(len(maps), -1))
-    return ranked[:, -(ranked.shape[1] // 20 + 1):].mean(1)
+    return ranked[:, 3 * ranked.shape[1] // 4:].mean(1)
 
 def evaluate_anomaly(maps, abnormal, masks, located):
     """Detection of images and of pixels, for each score of the maps (n, S, S).
@@ -1299,12 +1413,12 @@ def evaluate(args):
     if "config" not in checkpoint:
         raise InputError(f"{ckpt} is not a checkpoint of `pretrain`: name its checkpoint.pth")
     moved = {"root": None, "labels": None} if "data" in given else {}
-    args = argparse.Namespace(**{"boxes": None, **checkpoint["config"], "out": str(ckpt.parent),
-                                 **moved, **given})
+    trained = {**checkpoint["config"], "out": str(ckpt.parent)}
+    args = argparse.Namespace(**{"boxes": None, **trained, **moved, **given})
     data, device, random = load_radiographs(args), args.device, np.random.default_rng(0)
     out.mkdir(exist_ok=True)
     if "data" in given and not data.findings:
-        run = load_radiographs(argparse.Namespace(**{**checkpoint["config"], "out": args.out}))
+        run = load_radiographs(argparse.Namespace(**trained))
         model = build_model(args).to(device).eval()
         model.load_state_dict(checkpoint["model"])
         return rank_images(model, run, data, device, out)
@@ -1327,7 +1441,7 @@ def evaluate(args):
     sets = {"anomaly": (images, ~normal[rows], masks, normal[rows] | masks.any((1, 2))),
             "synthetic": (torch.cat([healthy, lesioned]), lesions.any((1, 2)), lesions,
                           np.ones(len(lesions), bool))}
-    report, maps, tokens = {}, {}, {}
+    report, samples, maps, tokens = {}, {}, {}, {}
     for name in "random_init", "checkpoint":
         model = build_model(args).to(device).eval()
         if name == "checkpoint":
@@ -1338,17 +1452,50 @@ def evaluate(args):
         if name == "random_init":                 # its prototypes: the mean over normal images
             model.prototypes.update(model.teacher.head(normals))
         tokens[name] = model.features(healthy[:24]).cpu()                      # (24, L, D)
-        report[name] = {"linear": {f"{percent}%": evaluate_probe(features, data, percent / 100)
-                                   for percent in (1, 10, 100)}}
+
+        def probe(rows):
+            return linear_probe(features[rows], data.labels[rows], features[data.test])
+
+        def tune(rows):
+            return finetune(model, data, rows, device)
+
+        ways = {"linear": probe, **({"finetune": tune} if args.finetune else {})}
+        report[name] = {way: {} for way in ways}
+        for way, predict in ways.items():
+            for percent in 1, 10, 100:
+                report[name][way][f"{percent}%"], samples[f"{name} {way} {percent}%"] = (
+                    evaluate_labels(predict, data, percent / 100))
         for kind, (tested, *truth) in sets.items():
             maps[kind] = anomaly_maps(model, normals, tested)
             report[name][kind] = evaluate_anomaly(maps[kind], *truth)
         report[name]["cohesion"] = silhouette(
             tokens[name].flatten(0, 1), torch.arange(normals.shape[1]).repeat(len(tokens[name])))
+        odd = abnormal_tokens(torch.from_numpy(lesions[len(healthy):, None][:24]), args.patch_size)
+        off = (model.features(lesioned[:24]) - normals.mean(0)).cpu()          # (24, L, D)
+        report[name]["cohesion_by_category"] = silhouette(off.flatten(0, 1), odd.flatten().long())
+        located = np.flatnonzero(masks.any((1, 2)))
+        if len(located):
+            # The probe of "any finding" is affine, so its scores of unit vectors tell its weights.
+            units = torch.eye(features.shape[1] + 1)[:, 1:]
+            scores = torch.from_numpy(linear_probe(features[data.train], ~normal[data.train, None],
+                                                   units))
+            weight = (scores[1:] - scores[0])[:, 0].to(device)
+            cam = grad_cam(model, weight, images[located]) - in_batches(
+                lambda x: grad_cam(model, weight, x), data.images, fit[:300], device).mean(0)
+            found = {score: each[located] for score, each in maps["anomaly"].items()}
+            found["grad-cam"] = enlarge(cam.clamp_min(0), args.img_size)
+            report[name]["localisation"] = evaluate_localisation(found, masks[located])
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
     (out / "metrics.json").write_text(json.dumps(report, indent=2))
+    (out / "samples.json").write_text(json.dumps(samples))
     print(f"{'':44} checkpoint  untrained")
     print_report("", report["checkpoint"], report["random_init"])
+    for way in ways:
+        for percent in 1, 10, 100:
+            gain = np.subtract(*[samples[f"{name} {way} {percent}%"] for name in reversed(report)])
+            low, high = np.nanquantile(gain, [0.025, 0.975])
+            print(f"{f'{way} {percent}% gain, in pairs':44} {np.nanmean(gain):10.3f}"
+                  f"              [{low:.3f}, {high:.3f}]")
     kind = "anomaly" if masks.any() else "synthetic"
     shown, _, truth, _ = sets[kind]
     five = np.flatnonzero(truth.any((1, 2)))[:5]
@@ -1440,6 +1587,8 @@ def parse_arguments(argv=None):
         "arch": ("encoder", "vit_micro", "vit_micro", "vit_base"),
         "img-size": ("side of the square that images are squashed to, in pixels", 64, 64, 224),
         "patch-size": ("side of a token's patch, in pixels", 8, 8, 16),
+        "keep": ("fraction of the tokens of x' that the student sees", 1.0, 0.25, 1.0),
+        "levels": ("grey levels of --data: as they are, or equalised", "file", "equal", "file"),
         "epochs": ("an epoch is each normal image once", 18, 40, 400),
         "warmup-epochs": ("epochs of linear warm-up", 2.0, 3.0, 10.0),
         "batch-size": ("images in a step, over all processes", 16, 32, 64),
@@ -1465,6 +1614,8 @@ def parse_arguments(argv=None):
         add("--device", type=find_device, default=best, help="cpu, cuda, cuda:1, mps (%(default)s)")
     test.add_argument("--ckpt", help="checkpoint.pth or its folder (the last run's)")
     test.add_argument("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
+    test.add_argument("--finetune", action="store_true", default=False,
+                      help="also train the whole encoder on the labels, which takes minutes")
     add = train.add_argument
     add("--test-fraction", type=float, default=0.2, help="of patients to hold out where "
         "--data has no folders train and test (%(default)s)")
@@ -1475,6 +1626,8 @@ def parse_arguments(argv=None):
         "made at the end of an epoch (%(default)s)")
     add("--grad-accum", type=int, default=1, help="parts that a batch is worked through in, to "
         "save memory; the losses see one part at a time (%(default)s)")
+    add("--augment", choices=["lesion", "crop"], default="lesion", help="what makes x' of x: "
+        "synthetic lesions, or for comparison a random affine crop (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--amp", choices=["none", "bf16", "fp16"], help="autocast (%(default)s)", default="none"
@@ -1483,7 +1636,8 @@ def parse_arguments(argv=None):
         "phantoms without --data, else paper on a CUDA GPU, small elsewhere")
     for name, (text, *values) in by_preset.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}",
-            choices=["vit_micro", "vit_tiny", "vit_small", "vit_base"] if name == "arch" else None)
+            choices={"arch": ["vit_micro", "vit_tiny", "vit_small", "vit_base"],
+                     "levels": ["file", "equal"]}.get(name))
     verbs.add_parser("pretrain", parents=[train], help="pre-train on normal radiographs")
     verbs.add_parser("eval", parents=[test], help="evaluate a run, on its data or on --data")
     verbs.add_parser("bench", parents=[train], help="time a pretrain with these options")
