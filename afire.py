@@ -173,13 +173,14 @@ def synthetic_lesion_mask(images, generator=None, first=0):
 def random_affine(images, generator=None, first=0):
     """What the lesions are to replace [P]: a turned crop, which moves the anatomy [D: the numbers].
 
-    In place of synthetic_lesion_mask: a zoom of 1 to 2, up to 10 degrees, anywhere inside.
+    It stands in for synthetic_lesion_mask, with an empty mask. The crop has 0.5 to 0.85 of the
+    image's side, is turned by up to 10 degrees, and lies anywhere inside.
     """
     draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
-    side, angle = 1 - 0.5 * draws[:, 0], (draws[:, 1] - 0.5) * math.pi / 9     # (B,) each
-    linear = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    shift = (2 * draws[:, 2:] - 1) * (1 - side).unsqueeze(1)                   # (B, 2)
-    theta = torch.cat([linear * side.view(-1, 1, 1), shift.unsqueeze(2)], 2)   # (B, 2, 3)
+    side, angle = 0.5 + 0.35 * draws[:, :1], (2 * draws[:, 1:2] - 1) * math.pi / 18    # (B, 1)
+    cos, sin = side * angle.cos(), side * angle.sin()
+    shift = (2 * draws[:, 2:] - 1) * (1 - cos - sin.abs())                     # (B, 2)
+    theta = torch.cat([cos, -sin, shift[:, :1], sin, cos, shift[:, 1:]], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False), torch.zeros_like(images)
 
@@ -507,8 +508,8 @@ class InputError(Exception):
 @dataclasses.dataclass
 class Radiographs:
     """n images and what is known of them."""
-    records: list         # n of {"name", "path", "findings": a set, "test": is it held out?, and if
-    #                         it is known where the findings are, "mask": (S, S) bool}
+    records: list         # n of {"name", "path", "findings": a set, "patient", "test": held out?,
+    #                         and if it is known where the findings are, "mask": (S, S) bool}
     images: np.ndarray    # (n, 1, S, S) uint8, memory-mapped if they come from files
     labels: np.ndarray    # (n, F) bool, no column if nothing is known
     findings: list        # F names
@@ -586,9 +587,9 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     split = {record["name"].split("/")[0] for record in records} >= {"train", "test"}
     for record in records:
         guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
-        patient = record.get("patient") or (guess[0] if guess else record["name"])
+        record["patient"] = record.get("patient") or (guess[0] if guess else record["name"])
         record["test"] = (record["name"].startswith("test/") if split else
-                          zlib.crc32(patient.encode()) % 1000 < 1000 * test_fraction)
+                          zlib.crc32(record["patient"].encode()) % 1000 < 1000 * test_fraction)
     return records
 
 def open_image(path):
@@ -684,7 +685,11 @@ def load_radiographs(args):
                        np.flatnonzero(~test & readable), np.flatnonzero(test & readable))
 
 def read_boxes(file, data):
-    """Boxes around findings, in pixels of the image, become masks in the records of Radiographs."""
+    """Boxes around findings, in pixels of the image, become masks in the records of Radiographs.
+
+    Boxes are few: all images of patients who have one are tested on, wherever the split put them,
+    unless pre-training has seen a normal image of theirs.
+    """
     by_name = {record["path"].name: record for record in data.records}
     by_name.update({record["name"]: record for record in data.records})
     side = data.images.shape[-1]
@@ -702,6 +707,10 @@ def read_boxes(file, data):
             (left, top), (right, bottom) = np.floor([corner, end + 0.999]).astype(int).clip(0, side)
             mask = record.setdefault("mask", np.zeros((side, side), bool))
             mask[top:bottom, left:right] = True
+    moved = {record["patient"] for record in data.records if "mask" in record}
+    moved -= {data.records[row]["patient"] for row in data.train if not data.labels[row].any()}
+    moved = [row for row in data.train if data.records[row]["patient"] in moved]
+    data.train, data.test = np.setdiff1d(data.train, moved), np.union1d(data.test, moved).astype(int)
 
 # ---- Data: phantoms ------------------------------------------------------------------------------
 
@@ -1427,6 +1436,7 @@ def evaluate(args):
     normal = ~data.labels.any(1)
     fit = random.permutation(data.train[normal[data.train]])[:1000]    # so many are enough
     test = random.permutation(data.test)
+    test = test[np.argsort(["mask" not in data.records[row] for row in test], kind="stable")]
     rows = np.sort(np.concatenate([test[normal[test]][:500], test[~normal[test]][:500]]))
     if min(len(fit), normal[rows].sum()) < 2:
         raise InputError(f"--data {args.data} has too few images without findings, to fit on or to "
@@ -1589,7 +1599,7 @@ def parse_arguments(argv=None):
         "patch-size": ("side of a token's patch, in pixels", 8, 8, 16),
         "keep": ("fraction of the tokens of x' that the student sees", 1.0, 0.25, 1.0),
         "levels": ("grey levels of --data: as they are, or equalised", "file", "equal", "file"),
-        "epochs": ("an epoch is each normal image once", 18, 40, 400),
+        "epochs": ("an epoch is each normal image once", 18, 60, 400),
         "warmup-epochs": ("epochs of linear warm-up", 2.0, 3.0, 10.0),
         "batch-size": ("images in a step, over all processes", 16, 32, 64),
         "lr": ("peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
@@ -1651,6 +1661,8 @@ def parse_arguments(argv=None):
                 setattr(args, key, value)
             if not isinstance(value, str) and getattr(args, key) < isinstance(value, int):
                 parser.error(f"--{name} must be at least {isinstance(value, int):d}")
+        if not 0 < args.keep <= 1:
+            parser.error(f"--keep {args.keep} is no fraction: choose above 0 and at most 1")
         if args.img_size % args.patch_size:
             parser.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
                         f"{args.patch_size}: change one of them")

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,31 @@ def test_lesions_follow_the_generator_and_the_image_alone():
     images[3] = images[1]
     same = (afire.synthetic_lesion_mask(images, seeded(1))[1] == once).flatten(1).all(1)
     assert same.tolist() == [i != 3 for i in range(8)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_affine_is_opencvs_of_the_same_square(seed):
+    """Images whose brightness tells their pixels' x and y also tell which square was taken."""
+    ramp = torch.arange(64.).expand(1, 1, 64, 64)
+    x, y = (afire.random_affine(each, seeded(seed))[0][0, 0].numpy() for each in (ramp, ramp.mT))
+    corners = (0, 0), (0, 63), (63, 0), (63, 63)
+    taken = np.float32([(x[corner], y[corner]) for corner in corners])
+    side = np.hypot(*(taken[1] - taken[0])) / 63
+    assert 0.499 < side < 0.851 and 0 <= taken.min() <= taken.max() <= 63
+    assert np.hypot(*(taken[2] - taken[0])) / 63 == pytest.approx(side, abs=1e-4)
+    assert abs(taken[1] - taken[0])[1] <= side * 63 * math.sin(math.radians(10)) + 1e-4
+    image = phantom_images(4, 64)[:1]
+    cropped, mask = afire.random_affine(image, seeded(seed))
+    forward = cv2.getAffineTransform(taken[:3], np.float32([(0, 0), (63, 0), (0, 63)]))
+    expected = cv2.warpAffine(image[0, 0].numpy(), forward, (64, 64), flags=cv2.INTER_LINEAR)
+    assert np.abs(cropped[0, 0].numpy() - expected).max() < 0.02 and not mask.any()
+
+
+def test_a_random_affine_depends_on_its_place_in_the_batch_alone():
+    images = odd_images(48, 48, 1)
+    whole, part = afire.random_affine(images, seeded())[0], afire.random_affine(
+        images[5:], seeded(), 5)[0]
+    torch.testing.assert_close(part, whole[5:])
 
 
 def test_there_are_one_to_four_lesions_anywhere_and_overlaps_add_up():
@@ -184,6 +210,20 @@ def test_vit_computes_what_timm_computes_with_the_same_weights():
     theirs.load_state_dict(ours.state_dict(), strict=True)
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-5, rtol=1e-4)
+
+
+def test_vit_of_some_tokens_is_the_vit_without_the_others():
+    torch.manual_seed(0)
+    vit, images = afire.ViT(32, 8, 3, 32, 2, 2), torch.randn(3, 3, 32, 32)
+    seen = torch.rand(3, 16, generator=seeded()).argsort(1) < 5
+    tokens = vit(images, seen)
+    patches = vit.patch_embed.proj(images).flatten(2).mT + vit.pos_embed[:, 1:]
+    for i, each in enumerate(seen):                                    # one image after the other
+        few = vit.norm(vit.blocks(torch.cat([vit.cls_token, patches[i:i + 1, each]], 1)))
+        torch.testing.assert_close(tokens[i, 1:][each], few[0, 1:])
+        torch.testing.assert_close(tokens[i, 0], few[0, 0])
+        assert (tokens[i, 1:][~each] == 0).all()
+    torch.testing.assert_close(vit(images, torch.ones_like(seen)), vit(images))
 
 
 def test_positions_are_those_of_mae():
@@ -342,6 +382,21 @@ def test_loss_and_gradient_equal_a_naive_loop_and_its_differences(name, batch, s
         assert logits.grad[index].item() == pytest.approx(slope, abs=1e-5)
 
 
+def test_category_loss_of_some_tokens_is_that_without_the_others():
+    logits, prototypes, abnormal = loss_input("category", 9, 0.5)
+    seen = torch.rand(9, 6, generator=seeded(4)) < 0.5
+    seen[:, 2], seen[:, 3] = ~abnormal[:, 2], abnormal[:, 3]           # one category is seen
+    value = afire.category_consistency_loss(logits, prototypes, abnormal, seen)
+    terms = []
+    for j in range(6):                                                 # they may differ in number
+        one = (logits[seen[:, j], j:j + 1], prototypes[j:j + 1], abnormal[seen[:, j], j:j + 1])
+        terms += [naive_category(*(each.numpy() for each in one))] * int((~one[2]).sum()) * bool(
+            one[2].any())
+    assert terms and value.item() == pytest.approx(np.mean(terms), abs=1e-5)
+    changed = torch.where(seen.unsqueeze(2), logits, math.pi)
+    assert value == afire.category_consistency_loss(changed, prototypes, abnormal, seen)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share", [0, 0.5, 1])
@@ -434,6 +489,23 @@ def test_forward_equals_its_parts():
         torch.testing.assert_close(model(normal, lesioned, mask), expected)
 
 
+def test_what_the_student_does_not_see_changes_nothing():
+    model, (normal, lesioned, mask) = tiny_model(), tiny_batch()
+    seen = torch.rand(6, 16, generator=seeded()).argsort(1) < 6
+    hide = afire.unpatchify((~seen).unsqueeze(2).expand(-1, -1, 64), 8)
+    torch.manual_seed(1)
+    noise = torch.rand_like(lesioned)
+    with torch.no_grad():
+        model.prototypes.update(model.teacher.head(model.features(normal)))
+        model.eval()
+        losses = model(normal, lesioned, mask, seen=seen)
+        torch.testing.assert_close(
+            losses, model(normal, torch.where(hide, noise, lesioned), mask, seen=seen))
+        torch.testing.assert_close(
+            model(normal, lesioned, mask), model(normal, lesioned, mask, seen=seen | True))
+    assert all(losses[name] != value for name, value in model(normal, lesioned, mask).items())
+
+
 def test_teacher_is_an_explicit_moving_average():
     model = tiny_model()
     expected = copy.deepcopy(dict(model.student.named_parameters()))
@@ -524,6 +596,15 @@ def test_any_kind_of_file_becomes_a_grey_square(tmp_path, name, image, expected,
     pixels = afire.read_image(tmp_path / name, 24)
     assert pixels.shape == (24, 24) and pixels.dtype == np.uint8
     assert np.abs(pixels.astype(float) - expected).max() <= tolerance
+
+
+def test_equal_levels_are_mean_ranks_whatever_the_exposure(tmp_path):
+    for name, image in ("a", GREY), ("b", 128 * (GREY / 255) ** 0.3), ("c", 0 * GREY):
+        Image.fromarray(np.uint8(image)).save(tmp_path / f"{name}.png")
+    a, b, c = (afire.read_image(tmp_path / f"{name}.png", 24, equal=True) for name in "abc")
+    rank = [[(GREY < each).mean() + (GREY == each).mean() / 2 for each in row] for row in GREY]
+    assert np.abs(a - 255 * np.array(rank)).max() <= 0.5001 and (c == 128).all()
+    assert np.abs(a.astype(float) - b).max() < 12, "but for the levels that were rounded away"
 
 
 def save_images(folder, *names):
@@ -744,6 +825,25 @@ def test_boxes_become_masks_of_the_squashed_image(tmp_path):
     assert list(masks) == ["a.png"] and np.array_equal(masks["a.png"], expected)
 
 
+def test_patients_with_a_box_are_tested_on_unless_a_normal_image_was_trained_on(tmp_path):
+    text = "image,findings,patient\n"
+    for i in range(40):                                                # the even ones are normal
+        text += f"{i}.png,{'Mass' if i % 2 else 'No Finding'},{i if i < 20 else i // 2}\n"
+    save_images(tmp_path / "data", *(f"{i}.png" for i in range(40)))
+    (tmp_path / "labels.csv").write_text(text)
+    boxed = [1, 3, 5, 7, 21, 23, 25]                                   # the last 3 with a normal one
+    (tmp_path / "boxes.csv").write_text("image,finding,x,y,w,h\n" + "".join(
+        f"{i}.png,Mass,1,2,9,9\n" for i in boxed))
+    data = load(tmp_path / "data", labels=str(tmp_path / "labels.csv"))
+    train, test = set(names(data, data.train)), set(names(data, data.test))
+    afire.read_boxes(tmp_path / "boxes.csv", data)
+    moved = {f"{i}.png" for i in boxed[:4]}
+    assert moved & train and {"21.png", "23.png", "25.png"} & train
+    assert set(names(data, data.test)) == test | moved
+    assert set(names(data, data.train)) == train - moved
+    assert data.train.dtype == data.test.dtype == int
+
+
 def test_the_cache_is_read_again_and_renewed_when_a_file_changes(tmp_path):
     def read():
         images, readable = afire.cached_images([tmp_path / "a.bmp", tmp_path / "b.bmp"], 24,
@@ -934,6 +1034,87 @@ def test_linear_probe_is_scikit_learns():
     np.testing.assert_allclose(scores[:, :3], theirs, atol=1e-4)
 
 
+def small_set(n=60):
+    """Radiographs of which half are bright, and are so labelled."""
+    images = (255 * phantom_images(160, 32)[:n] / 2).byte().numpy()
+    bright = np.arange(n) % 2 > 0
+    images[bright] += 100
+    return afire.Radiographs([], images, np.c_[bright, ~bright], ["bright", "dark"],
+                             np.arange(n // 2), np.arange(n // 2, n))
+
+
+def test_finetune_learns_from_its_rows_alone_and_leaves_the_model_as_it_was():
+    model, data, cpu = tiny_model().eval(), small_set(), torch.device("cpu")
+    before = copy.deepcopy(model.state_dict())
+    scores = afire.finetune(model, data, data.train[:10], cpu, steps=30, batch_size=8)
+    assert scores.shape == (30, 2) and afire.auroc(scores[:, 0], data.labels[30:, 0]) > 0.95
+    assert equal(before, model.state_dict())
+    data.labels, data.images = data.labels.copy(), data.images.copy()
+    data.labels[10:] ^= True                       # of the test images and of what it may not see
+    data.images[10:30] = 0
+    again = afire.finetune(model, data, data.train[:10], cpu, steps=30, batch_size=8)
+    np.testing.assert_array_equal(scores, again)
+
+
+def test_samples_of_two_models_are_of_the_same_images_and_draws():
+    data, seen = small_set(), ([], [])
+    noise = np.random.default_rng(0).random((30, 2))
+    samples = []
+    for better, rows_seen in zip((0, 1), seen):
+        def predict(rows):
+            rows_seen.append(rows)
+            return noise + better * 2 * data.labels[data.test]
+        report, each = afire.evaluate_labels(predict, data, 0.5)
+        samples.append(each)
+        assert report["ci95"][0] <= np.mean(each) <= report["ci95"][1]
+    assert all(map(np.array_equal, *seen)) and len(seen[0]) == 5
+    assert np.allclose(samples[1], 1) and np.std(samples[0]) > 0.01
+    assert afire.evaluate_labels(lambda rows: noise, data, 0.5)[1] == samples[0]
+
+
+def test_grad_cam_is_the_gradient_by_differences_times_the_activation():
+    model = tiny_model().eval()
+    weight, image = torch.randn(32, generator=seeded()), phantom_images(160, 32)[:2]
+    cam = afire.grad_cam(model, weight, image)
+    encoder = copy.deepcopy(model.teacher.encoder).double()
+    x = encoder.patch_embed.proj(model.normalise(image).double()).flatten(2).mT
+    x = torch.cat([encoder.cls_token.expand(2, -1, -1), x], 1) + encoder.pos_embed
+    last = encoder.blocks(x)                                           # (2, 17, 32)
+
+    def score(activation, i):
+        return encoder.norm(activation)[i, 1:].mean(0) @ weight.double()
+
+    for i in range(2):
+        slope = torch.zeros(16, 32, dtype=torch.float64)
+        for j, d in np.ndindex(16, 32):
+            step = torch.zeros_like(last)
+            step[i, 1 + j, d] = 1e-4
+            slope[j, d] = (score(last + step, i) - score(last - step, i)) / 2e-4
+        expected = last[i, 1:] @ slope.mean(0)
+        torch.testing.assert_close(cam[i].double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_localisation_is_perfect_worst_or_scikit_learns_by_image():
+    masks = np.zeros((8, 16, 16), bool)
+    for i in range(8):
+        masks[i, i:i + 4, 3:9 + i % 3] = True
+    random = np.random.default_rng(0).random((8, 16, 16))
+    found = afire.evaluate_localisation(
+        {"perfect": masks * 1.0, "worst": ~masks * 1.0, "random": random}, masks)
+    for name, best in ("perfect", 1), ("worst", 0):
+        assert found[name]["images"] == 8
+        for measure in "pointing", "auroc":
+            assert found[name][measure] == {"mean": best, "ci95": [best, best]}
+    areas = [sklearn.metrics.roc_auc_score(m.ravel(), a.ravel()) for a, m in zip(random, masks)]
+    hits = [m.ravel()[a.ravel().argmax()] for a, m in zip(random, masks)]
+    assert found["random"]["auroc"]["mean"] == pytest.approx(np.mean(areas))
+    assert found["random"]["pointing"]["mean"] == np.mean(hits)
+    low, high = found["random"]["auroc"]["ci95"]
+    spread = 1.96 * np.std(areas) / math.sqrt(8)
+    assert low == pytest.approx(np.mean(areas) - spread, abs=spread / 3)
+    assert high == pytest.approx(np.mean(areas) + spread, abs=spread / 3)
+
+
 @pytest.mark.parametrize("apart", [0, 1, 10])
 def test_silhouette_is_scikit_learns(apart):
     cluster = torch.tensor([0, 0, 1, 2, 2, 2, 3, 3] * 5 + [4])         # the last one is alone
@@ -1054,6 +1235,37 @@ def test_eval_writes_metrics_and_figures(run):
             assert 0 <= found["image_auroc"] <= 1
             assert found["pixel_auroc"] is None, "nobody told where the findings are"
         assert -1 <= each["cohesion"] <= 1
+
+
+def test_eval_finetunes_localises_and_pairs(run, radiographs, tmp_path, monkeypatch, capsys):
+    """By another name of the images: boxes are asked for on data of labels, test and train."""
+    rows = [f"{file.name},x,{x},5,20,30" for x, file in enumerate(
+        sorted(radiographs.glob("test/EFFUSION/*.png")))]
+    (tmp_path / "boxes.csv").write_text("\n".join(["image,finding,x,y,w,h", *rows]))
+    monkeypatch.setattr(afire, "finetune", functools.partial(afire.finetune, steps=2))
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    afire.main(["eval", "--ckpt", str(out), "--boxes", str(tmp_path / "boxes.csv"), "--finetune",
+                "--device", "cpu"])
+    told = capsys.readouterr().out
+    report = json.loads((out / "eval/metrics.json").read_text())
+    samples = json.loads((out / "eval/samples.json").read_text())
+    for way in "linear", "finetune":
+        assert f"{way} 100% gain, in pairs" in told
+        for percent in "1%", "10%", "100%":
+            ours, theirs = (np.array(samples[f"{name} {way} {percent}"], float)
+                            for name in ("checkpoint", "random_init"))
+            assert ours.shape == theirs.shape == (200,)
+            low, high = report["checkpoint"][way][percent]["ci95"]
+            assert (low, high) == pytest.approx(np.nanquantile(ours, [0.025, 0.975]))
+    for name in "checkpoint", "random_init":
+        assert -1 <= report[name]["cohesion_by_category"] <= 1
+        for score in "restoration", "prototype", "position", "neighbours", "grad-cam":
+            found = report[name]["localisation"][score]
+            assert found["images"] == len(rows) > 1
+            for measure in "pointing", "auroc", "dice":
+                low, high = found[measure]["ci95"]
+                assert 0 <= low <= found[measure]["mean"] <= high <= 1
 
 
 def equal(a, b):
@@ -1297,6 +1509,7 @@ MISTAKES = {
     "labels without columns": "pretrain --data {tmp}/fine --labels {tmp}/odd.csv",
     "no such init": "pretrain --data {tmp}/fine --init {tmp}/no.pth",
     "an image of half patches": "pretrain --data {tmp}/fine --img-size 30",
+    "a fraction above one": "pretrain --keep 1.5",
     "an empty batch": "pretrain --data {tmp}/fine --batch-size 0",
     "no such checkpoint": "eval --ckpt {tmp}/nowhere",
     "not a checkpoint": "eval --ckpt {tmp}/odd.csv",
