@@ -170,20 +170,6 @@ def synthetic_lesion_mask(images, generator=None, first=0):
     mask = torch.where(mask < 1 / 255, 0, mask).unsqueeze(1)
     return torch.maximum(images, (images + mask).clamp_max(235 / 255)), mask
 
-def random_affine(images, generator=None, first=0):
-    """What the lesions are to replace [P]: a turned crop, which moves the anatomy [D: the numbers].
-
-    It stands in for synthetic_lesion_mask, with an empty mask. The crop has 0.5 to 0.85 of the
-    image's side, is turned by up to 10 degrees, and lies anywhere inside.
-    """
-    draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
-    side, angle = 0.5 + 0.35 * draws[:, :1], (2 * draws[:, 1:2] - 1) * math.pi / 18    # (B, 1)
-    cos, sin = side * angle.cos(), side * angle.sin()
-    shift = (2 * draws[:, 2:] - 1) * (1 - cos - sin.abs())                     # (B, 2)
-    theta = torch.cat([cos, -sin, shift[:, :1], sin, cos, shift[:, 1:]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False), torch.zeros_like(images)
-
 # ---- Vision Transformer: names and arithmetic are timm's, positions MAE's ------------------------
 
 def patchify(images, patch_size):
@@ -467,33 +453,8 @@ class AFiRe(nn.Module):
 
     @classmethod
     def from_release(cls, checkpoint):
-        """The authors' checkpoint, {"student": state, "teacher": state}, which has no prototypes.
-
-        Their last layers, a module of weight_g (all 1) and weight_v for each position, become one.
-        """
-        def rename(state):
-            state = {key.removeprefix("module."): value for key, value in state.items()}
-            layers = []
-            while f"head.last_layers.{len(layers)}.weight_v" in state:
-                layers.append(state[f"head.last_layers.{len(layers)}.weight_v"])
-            return {**{key: value for key, value in state.items() if "last_layers" not in key},
-                    "head.last_layers": torch.stack(layers)}
-
-        def depth(part):
-            return len({key.split(".")[2] for key in student if key.startswith(f"{part}.blocks.")})
-
-        student, teacher = rename(checkpoint["student"]), rename(checkpoint["teacher"])
-        dim, _, _, patch_size = student["encoder.patch_embed.proj.weight"].shape
-        num_patches, out_dim, bottleneck_dim = student["head.last_layers"].shape
-        decoder_dim = len(student["decoder.embedding.weight"])
-        model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim, depth("encoder"),
-                    max(1, dim // 64), out_dim, len(student["head.mlp.0.weight"]), bottleneck_dim,
-                    decoder_dim, depth("decoder"), max(1, decoder_dim // 32))
-        model.decoder.load_state_dict({key.removeprefix("decoder."): student.pop(key)
-                                       for key in list(student) if key.startswith("decoder.")})
-        model.student.load_state_dict(student)
-        model.teacher.load_state_dict(teacher)
-        return model
+        """The authors' whole model, from their {"student": state, "teacher": state} [R]."""
+        return read_release(cls, checkpoint)
 
     @torch.no_grad()
     def features(self, images):
@@ -709,8 +670,8 @@ def read_boxes(file, data):
             mask[top:bottom, left:right] = True
     moved = {record["patient"] for record in data.records if "mask" in record}
     moved -= {data.records[row]["patient"] for row in data.train if not data.labels[row].any()}
-    moved = [row for row in data.train if data.records[row]["patient"] in moved]
-    data.train, data.test = np.setdiff1d(data.train, moved), np.union1d(data.test, moved).astype(int)
+    moved = np.array([data.records[row]["patient"] in moved for row in data.train], bool)
+    data.train, data.test = data.train[~moved], np.union1d(data.test, data.train[moved])
 
 # ---- Data: phantoms ------------------------------------------------------------------------------
 
@@ -830,6 +791,20 @@ def to_device(images, device):
 def cosine(start, end, progress):
     """From start to end along half a cosine, for progress from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+def random_affine(images, generator=None, first=0):
+    """What the lesions are to replace [P]: a turned crop, which moves the anatomy [D: the numbers].
+
+    It stands in for synthetic_lesion_mask, with an empty mask. The crop has 0.5 to 0.85 of the
+    image's side, is turned by up to 10 degrees, and lies anywhere inside.
+    """
+    draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
+    side, angle = 0.5 + 0.35 * draws[:, :1], (2 * draws[:, 1:2] - 1) * math.pi / 18    # (B, 1)
+    cos, sin = side * angle.cos(), side * angle.sin()
+    shift = (2 * draws[:, 2:] - 1) * (1 - cos - sin.abs())                     # (B, 2)
+    theta = torch.cat([cos, -sin, shift[:, :1], sin, cos, shift[:, 1:]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False), torch.zeros_like(images)
 
 class Trainer:
     """All that a step changes: the model, its optimiser and the scale of its gradients."""
@@ -1104,6 +1079,35 @@ def load_encoder(path, img_size=None):
           f"{len(left)} left" + (f": {', '.join(left[:4])}, ..." if left else ""))
     return vit
 
+def read_release(cls, checkpoint):
+    """The authors' {"student": state, "teacher": state} as an AFiRe, its prototypes still empty.
+
+    Their last layers, a module of weight_g (all 1) and weight_v for each position, become one.
+    """
+    def rename(state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        layers = []
+        while f"head.last_layers.{len(layers)}.weight_v" in state:
+            layers.append(state[f"head.last_layers.{len(layers)}.weight_v"])
+        return {**{key: value for key, value in state.items() if "last_layers" not in key},
+                "head.last_layers": torch.stack(layers)}
+
+    def depth(part):
+        return len({key.split(".")[2] for key in student if key.startswith(f"{part}.blocks.")})
+
+    student, teacher = rename(checkpoint["student"]), rename(checkpoint["teacher"])
+    dim, _, _, patch_size = student["encoder.patch_embed.proj.weight"].shape
+    num_patches, out_dim, bottleneck_dim = student["head.last_layers"].shape
+    decoder_dim = len(student["decoder.embedding.weight"])
+    model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim, depth("encoder"),
+                max(1, dim // 64), out_dim, len(student["head.mlp.0.weight"]), bottleneck_dim,
+                decoder_dim, depth("decoder"), max(1, decoder_dim // 32))
+    model.decoder.load_state_dict({key.removeprefix("decoder."): student.pop(key)
+                                   for key in list(student) if key.startswith("decoder.")})
+    model.student.load_state_dict(student)
+    model.teacher.load_state_dict(teacher)
+    return model
+
 # ---- Bench ---------------------------------------------------------------------------------------
 
 def bench(args, rounds=7):
@@ -1277,6 +1281,21 @@ def grad_cam(model, weight, images):
         hook.remove()
         gradient = torch.autograd.grad(score.sum(), kept)[0][:, 1:]            # (B, L, D)
     return (gradient.mean(1, keepdim=True) * kept[0][:, 1:]).sum(2).detach()
+
+def probe_maps(model, features, data, images):
+    """Where the probe of "any finding" looks, by Grad-CAM: (n, 1, S, S) -> (n, S, S).
+
+    Tokens differ more by position than by finding, so the mean of 300 normal images is taken off
+    before the negative part is cut [D].
+    """
+    normal = ~data.labels.any(1)
+    # The probe is affine, so its scores of zero and of the unit vectors tell its weights.
+    points = torch.eye(features.shape[1] + 1)[:, 1:]
+    scores = linear_probe(features[data.train], ~normal[data.train, None], points)[:, 0]
+    weight = torch.from_numpy(scores[1:] - scores[0]).to(images.device)        # (D,)
+    usual = in_batches(lambda x: grad_cam(model, weight, x), data.images,
+                       data.train[normal[data.train]][:300], images.device).mean(0)
+    return enlarge((grad_cam(model, weight, images) - usual).clamp_min(0), images.shape[-1])
 
 def evaluate_localisation(maps, masks, resamples=1000):
     """Do maps {score: (n, S, S)} point at the findings in masks (n, S, S), image by image?
@@ -1485,15 +1504,8 @@ def evaluate(args):
         report[name]["cohesion_by_category"] = silhouette(off.flatten(0, 1), odd.flatten().long())
         located = np.flatnonzero(masks.any((1, 2)))
         if len(located):
-            # The probe of "any finding" is affine, so its scores of unit vectors tell its weights.
-            units = torch.eye(features.shape[1] + 1)[:, 1:]
-            scores = torch.from_numpy(linear_probe(features[data.train], ~normal[data.train, None],
-                                                   units))
-            weight = (scores[1:] - scores[0])[:, 0].to(device)
-            cam = grad_cam(model, weight, images[located]) - in_batches(
-                lambda x: grad_cam(model, weight, x), data.images, fit[:300], device).mean(0)
             found = {score: each[located] for score, each in maps["anomaly"].items()}
-            found["grad-cam"] = enlarge(cam.clamp_min(0), args.img_size)
+            found["grad-cam"] = probe_maps(model, features, data, images[located])
             report[name]["localisation"] = evaluate_localisation(found, masks[located])
     report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
     (out / "metrics.json").write_text(json.dumps(report, indent=2))

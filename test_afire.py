@@ -831,7 +831,7 @@ def test_patients_with_a_box_are_tested_on_unless_a_normal_image_was_trained_on(
         text += f"{i}.png,{'Mass' if i % 2 else 'No Finding'},{i if i < 20 else i // 2}\n"
     save_images(tmp_path / "data", *(f"{i}.png" for i in range(40)))
     (tmp_path / "labels.csv").write_text(text)
-    boxed = [1, 3, 5, 7, 21, 23, 25]                                   # the last 3 with a normal one
+    boxed = [1, 3, 5, 7, 21, 23, 25]               # of the last three also a normal one
     (tmp_path / "boxes.csv").write_text("image,finding,x,y,w,h\n" + "".join(
         f"{i}.png,Mass,1,2,9,9\n" for i in boxed))
     data = load(tmp_path / "data", labels=str(tmp_path / "labels.csv"))
