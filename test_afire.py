@@ -1094,6 +1094,22 @@ def test_grad_cam_is_the_gradient_by_differences_times_the_activation():
         torch.testing.assert_close(cam[i].double(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_probe_maps_are_grad_cam_of_scikit_learns_probe_less_the_usual():
+    model, data, images = tiny_model().eval(), small_set(), phantom_images(160, 32)[100:103]
+    data.labels = data.labels[:, :1]                                   # the dark ones are normal
+    x = afire.to_device(data.images, torch.device("cpu"))
+    features = model.features(x).mean(1)
+    train = features[data.train].double()
+    probe = sklearn.linear_model.Ridge(alpha=10.0).fit(
+        (train - train.mean(0)) / train.std(0, correction=0), data.labels[data.train, 0])
+    weight = (torch.from_numpy(probe.coef_) / train.std(0, correction=0)).float()
+    usual = afire.grad_cam(model, weight, x[data.train[~data.labels[data.train, 0]]]).mean(0)
+    cam = (afire.grad_cam(model, weight, images) - usual).clamp_min(0).view(3, 1, 4, 4)
+    expected = F.interpolate(cam, (32, 32), mode="bilinear")[:, 0].numpy()
+    np.testing.assert_allclose(afire.probe_maps(model, features, data, images), expected,
+                               rtol=1e-2, atol=1e-2 * expected.max())
+
+
 def test_localisation_is_perfect_worst_or_scikit_learns_by_image():
     masks = np.zeros((8, 16, 16), bool)
     for i in range(8):
@@ -1467,6 +1483,25 @@ def test_each_step_draws_its_own_lesions_from_seed_and_step_alone(monkeypatch):
         afire.Trainer(args).step(images, np.arange(4), step, 10, 100)
     assert torch.equal(masks[0], masks[3])
     assert not any(torch.equal(masks[0], other) for other in masks[1:3])
+
+
+def test_keep_shows_that_share_of_tokens_drawn_from_seed_and_step_alone(monkeypatch):
+    shown = []
+
+    def record(model, *arguments):
+        shown.append(arguments[-1])
+        return forward(model, *arguments)
+
+    forward = afire.AFiRe.forward
+    monkeypatch.setattr(afire.AFiRe, "forward", record)
+    images = (255 * phantom_images(4, 32)).byte().numpy()
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        args = afire.parse_arguments(
+            f"pretrain --img-size 32 --keep 0.3 --seed {seed} --device cpu".split())
+        afire.Trainer(args).step(images, np.arange(4), step, 10, 100)
+    assert all((seen.sum(1) == 5).all() for seen in shown), "5 of 16 are the first above 0.3"
+    assert torch.equal(shown[0], shown[3]) and len({tuple(row.tolist()) for row in shown[0]}) == 4
+    assert not any(torch.equal(shown[0], other) for other in shown[1:3])
 
 
 def test_eval_of_images_without_labels_ranks_them(run, tmp_path):
