@@ -79,19 +79,17 @@ def largest_region(bright, rounds=8):
     """
     B, H, W = bright.shape
     padded = F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2))     # a rim, as roll wraps around
-    h, w = padded.shape[1] // 2, padded.shape[2] // 2
-    blocks = padded.view(B, h, 2, w, 2)
-    nw, ne, sw, se = blocks.permute(2, 4, 0, 1, 3).reshape(4, B, h, w)
-    links = []
-    for dy, dx, mine, theirs in ((0, 1, ne | se, nw | sw), (1, 0, sw | se, nw | ne),
-                                 (1, 1, se, nw), (1, -1, sw, ne)):
-        touch = mine & theirs.roll((-dy, -dx), (1, 2))
-        links += [(-dy, -dx, touch.int()), (dy, dx, touch.roll((dy, dx), (1, 2)).int())]
+    blocks = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))                # (B, h, 2, w, 2)
+    nw, ne, sw, se = (blocks[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+    _, h, w = nw.shape
+    links = [(by, (mine & theirs.roll((-by[0], -by[1]), (1, 2))).int()) for by, mine, theirs in (
+        ((0, 1), ne | se, nw | sw), ((1, 0), sw | se, nw | ne), ((1, 1), se, nw), ((1, -1), sw, ne))]
     pointer = torch.arange(h * w, device=bright.device).expand(B, -1)          # (B, h * w)
     for _ in range(rounds):
         grid = best = pointer.view(B, h, w).int()
-        for dy, dx, touch in links:
-            best = torch.maximum(best, grid.roll((dy, dx), (1, 2)) * touch)
+        for (dy, dx), touch in links:
+            best = torch.maximum(best, (grid * touch).roll((dy, dx), (1, 2)))
+            best = torch.maximum(best, grid.roll((-dy, -dx), (1, 2)) * touch)
         best = best.flatten(1).long()
         pointer = best.scatter_reduce(1, pointer, best, "amax")
         pointer = pointer.gather(1, pointer)
@@ -479,36 +477,36 @@ class Radiographs:
 
 def is_normal(name):
     """Does a folder or a label of this name mean "no finding"?"""
-    letters = re.sub(r"[\W_]", "", name.lower())
-    return letters.removesuffix("s") in ("", "normal", "nofinding", "healthy")
+    return re.sub(r"[\W_]", "", name.lower()).removesuffix("s") in (
+        "", "normal", "nofinding", "healthy")
 
 def read_csv(file, columns):
-    """-> a dictionary for each line."""
+    """-> a dictionary for each line, with these columns at the least."""
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
         header = stream.readline()
         stream.seek(0)
         rows = list(csv.DictReader(stream, delimiter=max(",;\t", key=header.count)))
-    missing = [column for column in columns if not rows or rows[0].get(column) is None]
-    if missing:
-        raise InputError(f"{file} has no column {missing[0]!r}: it needs {', '.join(columns)}")
+    for column in columns:
+        if not rows or rows[0].get(column) is None:
+            raise InputError(f"{file} has no column {column!r}: it needs {', '.join(columns)}")
     return rows
 
 def read_list(file):
     """The field's lists, `relative/path 0 1 0 ...`: -> a (name, set of findings) each."""
     text = file.read_text("utf-8-sig", errors="replace")
     lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
-    flags = [values.split() for _, values in lines]
-    called = [f"finding_{i + 1}" for i in range(len(flags[0]))] if flags else []
-    if len(called) == 14:                         # ChestX-ray14's, in the order of its lists
-        called = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia "
-                  "Pneumothorax Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia"
-                  ).split()
-    for (name, _), each in zip(lines, flags):
-        if len(each) != len(called):
-            raise InputError(f"{file}: {name} has {len(each)} labels, the first line {len(called)}:"
-                             " give every line as many zeros and ones")
-    return [(name, {finding for finding, flag in zip(called, each) if flag == "1"})
-            for (name, _), each in zip(lines, flags)]
+    count = len(lines[0][1].split()) if lines else 0
+    findings = [f"finding_{i + 1}" for i in range(count)]
+    if count == 14:                               # ChestX-ray14's, in the order of its lists
+        findings = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia "
+                    "Pneumothorax Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia"
+                    ).split()
+    for name, flags in lines:
+        if len(flags.split()) != count:
+            raise InputError(f"{file}: {name} has {len(flags.split())} labels, the first line "
+                             f"{count}: give every line as many zeros and ones")
+    return [(name, {finding for finding, flag in zip(findings, flags.split()) if flag == "1"})
+            for name, flags in lines]
 
 def find_images(data, root=None, labels=None, test_fraction=0.2):
     """What --data, --root and --labels name: -> records as in Radiographs.
@@ -520,27 +518,22 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
         records = [{"name": name, "path": Path(root or data.parent) / name, "findings": findings}
                    for name, findings in read_list(data)]
     else:
-        records = [{"name": path.relative_to(data).as_posix(), "path": path}
-                   for path in sorted(data.rglob("*"))
-                   if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff",
-                                              ".dcm")]
-        for record in records:
-            folders = [*record["name"].split("/")[:-1], "unsorted"]
-            record["findings"] = next({part} for part in folders
-                                      if part not in ("train", "val", "test"))
-        known = any(is_normal(*record["findings"]) for record in records)
-        for record in records:
-            if not known or is_normal(*record["findings"]):
-                record["findings"] = set()
+        kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
+        paths = [path for path in sorted(data.rglob("*")) if path.suffix.lower() in kinds]
+        classes = [next(part for part in (*path.relative_to(data).parts[:-1], "unsorted")
+                        if part not in ("train", "val", "test")) for path in paths]
+        known = any(map(is_normal, classes))
+        records = [{"name": path.relative_to(data).as_posix(), "path": path,
+                    "findings": {each} if known and not is_normal(each) else set()}
+                   for path, each in zip(paths, classes)]
     if labels:
         rows = {row["image"]: row for row in read_csv(labels, ["image", "findings"])}
         told = [(record, rows.get(record["name"]) or rows.get(record["path"].name))
                 for record in records]
-        records = [{**record, **row} for record, row in told if row]
+        records = [{**record, **row, "findings": {each.strip() for each in row["findings"].split("|")
+                                                  if not is_normal(each)}}
+                   for record, row in told if row]
         print(f"{labels} tells of {len(records)} of {len(told)} images; the others are left out")
-        for record in records:
-            record["findings"] = {each.strip() for each in record["findings"].split("|")
-                                  if not is_normal(each)}
     if not records:
         raise InputError(f"--data {data} is neither a list of images nor a folder with PNG, "
                          "JPEG, BMP, TIFF or DICOM files"
@@ -584,11 +577,11 @@ def read_image(path, size, equal=False):
             image = image.convert("L")
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     pixels = pixels.round().clip(0, 255).astype(np.uint8)
-    if equal:                                     # a grey level becomes its mean rank
-        counts = np.bincount(pixels.ravel(), minlength=256)
-        rank = 255 * (counts.cumsum() - counts / 2) / pixels.size              # (256,)
-        pixels = rank.round().astype(np.uint8)[pixels]
-    return pixels
+    if not equal:
+        return pixels
+    counts = np.bincount(pixels.ravel(), minlength=256)                # a level becomes its
+    rank = 255 * (counts.cumsum() - counts / 2) / pixels.size          # mean rank: (256,)
+    return rank.round().astype(np.uint8)[pixels]
 
 def cached_images(paths, size, cache, equal=False):
     """Files decoded once, in parallel: -> (n, 1, size, size) uint8, memory-mapped; readable (n,).
@@ -597,10 +590,11 @@ def cached_images(paths, size, cache, equal=False):
     """
     facts = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
              if path.is_file() else str(path) for path in paths]
-    file = cache / (hashlib.sha256(repr((size, equal, facts)).encode()).hexdigest()[:16] + ".npy")
-    status, partial = file.with_suffix(".readable.npy"), file.with_suffix(".partial")
+    key = hashlib.sha256(repr((size, equal, facts)).encode()).hexdigest()[:16]
+    file, status = cache / f"{key}.npy", cache / f"{key}.readable.npy"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
         images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 1, size, size))
 
         def decode(i):
@@ -651,9 +645,9 @@ def read_boxes(file, data):
     Boxes are few: all images of patients who have one are tested on, wherever the split put them,
     unless pre-training has seen a normal image of theirs.
     """
-    by_name = {record["path"].name: record for record in data.records}
-    by_name.update({record["name"]: record for record in data.records})
-    side = data.images.shape[-1]
+    records, side = data.records, data.images.shape[-1]
+    by_name = {**{record["path"].name: record for record in records},
+               **{record["name"]: record for record in records}}
     for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"]):
         record = by_name.get(row["image"])
         if record:
@@ -664,13 +658,13 @@ def read_boxes(file, data):
             except (TypeError, ValueError) as error:
                 raise InputError(f"{file}: the box of {row['image']} has no number in one of x, y, "
                                  "w, h: correct it") from error
-            corner, end = scale * [x, y], scale * [x + w, y + h]
-            (left, top), (right, bottom) = np.floor([corner, end + 0.999]).astype(int).clip(0, side)
+            left, top = np.floor(scale * [x, y]).astype(int).clip(0, side)
+            right, bottom = np.ceil(scale * [x + w, y + h]).astype(int).clip(0, side)
             mask = record.setdefault("mask", np.zeros((side, side), bool))
             mask[top:bottom, left:right] = True
-    moved = {record["patient"] for record in data.records if "mask" in record}
-    moved -= {data.records[row]["patient"] for row in data.train if not data.labels[row].any()}
-    moved = np.array([data.records[row]["patient"] in moved for row in data.train], bool)
+    moved = {record["patient"] for record in records if "mask" in record}
+    moved -= {records[row]["patient"] for row in data.train if not data.labels[row].any()}
+    moved = np.array([records[row]["patient"] in moved for row in data.train], bool)
     data.train, data.test = data.train[~moved], np.union1d(data.test, data.train[moved])
 
 # ---- Data: phantoms ------------------------------------------------------------------------------
@@ -1385,11 +1379,15 @@ def evaluate_anomaly(maps, abnormal, masks, located):
     abnormal (n,) bool, masks (n, S, S) bool, located (n,) bool: is the mask known? The others
     count as images only.
     """
-    report = {}
+    report, random = {}, np.random.default_rng(0)
+    samples = random.integers(len(maps["position"]), size=(200, len(maps["position"])))
     for name, each in maps.items():
-        image = detection(image_scores(each), abnormal)
+        scores = image_scores(each)
+        image = detection(scores, abnormal)
         pixel = detection(each[located].ravel(), masks[located].ravel())
+        areas = [auroc(scores[rows], abnormal[rows]) for rows in samples]
         report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"],
+                        "image_ci95": np.nanquantile(areas, [0.025, 0.975]).tolist(),
                         "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
                         "dice": pixel["dice"]}
     return report
@@ -1488,12 +1486,12 @@ def evaluate(args):
         def tune(rows):
             return finetune(model, data, rows, device)
 
-        ways = {"linear": probe, **({"finetune": tune} if args.finetune else {})}
+        ways = {"linear": (probe, 5), **({"finetune": (tune, 3)} if args.finetune else {})}
         report[name] = {way: {} for way in ways}
-        for way, predict in ways.items():
+        for way, (predict, draws) in ways.items():
             for percent in 1, 10, 100:
                 report[name][way][f"{percent}%"], samples[f"{name} {way} {percent}%"] = (
-                    evaluate_labels(predict, data, percent / 100))
+                    evaluate_labels(predict, data, percent / 100, draws))
         for kind, (tested, *truth) in sets.items():
             maps[kind] = anomaly_maps(model, normals, tested)
             report[name][kind] = evaluate_anomaly(maps[kind], *truth)

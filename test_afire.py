@@ -1247,8 +1247,10 @@ def test_eval_writes_metrics_and_figures(run):
         assert low <= probe["macro_auroc"] <= high and probe["macro_auroc"] == pytest.approx(mean)
         for score in "restoration", "prototype", "position":
             found = each["anomaly"][score]
-            assert set(found) == {"image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "dice"}
-            assert 0 <= found["image_auroc"] <= 1
+            assert set(found) == {"image_auroc", "image_ap", "image_ci95", "pixel_auroc",
+                                  "pixel_ap", "dice"}
+            low, high = found["image_ci95"]
+            assert 0 <= low <= found["image_auroc"] <= high <= 1
             assert found["pixel_auroc"] is None, "nobody told where the findings are"
         assert -1 <= each["cohesion"] <= 1
 
