@@ -1427,7 +1427,7 @@ def rank_images(model, run, data, device, out):
 
 def evaluate(args):
     """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
-    given = vars(args)
+    given = dict(vars(args))
     ckpt = Path(given.get("ckpt") or max(
         Path("runs").glob("*/checkpoint.pth"), default="runs/*/checkpoint.pth",
         key=lambda file: file.stat().st_mtime))
@@ -1435,14 +1435,14 @@ def evaluate(args):
     if not ckpt.is_file():
         raise InputError(f"there is no {ckpt}: make one with `python afire.py pretrain`, or "
                          "name one with --ckpt")
-    checkpoint, out = read_checkpoint(ckpt), ckpt.parent / "eval"
+    checkpoint, out = read_checkpoint(ckpt), Path(given.pop("out", ckpt.parent / "eval"))
     if "config" not in checkpoint:
         raise InputError(f"{ckpt} is not a checkpoint of `pretrain`: name its checkpoint.pth")
     moved = {"root": None, "labels": None} if "data" in given else {}
     trained = {**checkpoint["config"], "out": str(ckpt.parent)}
     args = argparse.Namespace(**{"boxes": None, **trained, **moved, **given})
     data, device, random = load_radiographs(args), args.device, np.random.default_rng(0)
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if "data" in given and not data.findings:
         run = load_radiographs(argparse.Namespace(**trained))
         model = build_model(args).to(device).eval()
@@ -1633,6 +1633,7 @@ def parse_arguments(argv=None):
         add("--cache", help="folder for decoded images (the run's)")
         add("--device", type=find_device, default=best, help="cpu, cuda, cuda:1, mps (%(default)s)")
     test.add_argument("--ckpt", help="checkpoint.pth or its folder (the last run's)")
+    test.add_argument("--out", help="folder for the results (eval, in the run's)")
     test.add_argument("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
     test.add_argument("--finetune", action="store_true", default=False,
                       help="also train the whole encoder on the labels, which takes minutes")
