@@ -35,6 +35,7 @@ import csv
 import dataclasses
 import datetime
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +48,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import filelock                         # torch needs it, as matplotlib needs Pillow
 import numpy as np
 import torch
 import torch.nn as nn
@@ -66,51 +68,43 @@ def otsu_threshold(levels):
     counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
     n = counts.cumsum(1)                                                       # pixels so far
     s = (counts * torch.arange(256, device=levels.device)).cumsum(1)           # their sum
-    n_all, mean = n[:, -1:], s[:, -1:] / n[:, -1:]
-    between_classes = (mean * n - s) ** 2 / (n * (n_all - n)).clamp_min(1)
+    n_all, mean = n[:, -1:], s[:, -1:] / n[:, -1:]                             # (B, 1) each
+    between_classes = (mean * n - s) ** 2 / (n * (n_all - n)).clamp_min(1)     # (B, 256)
     return between_classes.argmax(1)
 
 def largest_region(bright, rounds=8):
-    """The largest 8-connected region of each image: (B, H, W) bool -> (B, H, W) bool.
-
-    The pixels of a 2 x 2 block all touch, so a block is one node. Each node points to a node of
-    its region. A round hands the largest pointer on to the neighbours and to whom they pointed,
-    then follows pointers twice: the reach grows faster than twofold (6 rounds served 300 images).
-    """
+    """The largest 8-connected region of each image: (B, H, W) bool -> (B, H, W) bool."""
+    # The pixels of a 2 x 2 block all touch: it is one node, and points to a node of its region. A
+    # round hands the largest pointer on to the neighbours and to whom they pointed, then follows
+    # pointers (radiographs take 4 rounds, the worst maze 7). A dark rim is there as roll wraps.
     B, H, W = bright.shape
-    padded = F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2))     # a rim, as roll wraps around
-    blocks = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))                # (B, h, 2, w, 2)
-    nw, ne, sw, se = (blocks[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
-    _, h, w = nw.shape
-    links = [(by, (mine & theirs.roll((-by[0], -by[1]), (1, 2))).int()) for by, mine, theirs in (
-        ((0, 1), ne | se, nw | sw), ((1, 0), sw | se, nw | ne), ((1, 1), se, nw), ((1, -1), sw, ne))]
+    blocks = F.pixel_unshuffle(F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2)).unsqueeze(1), 2)
+    h, w = blocks.shape[2:]                                                    # of (B, 4, h, w)
+    nw, ne, sw, se = blocks.flatten(2).unbind(1)                               # (B, h * w) each
+    links = [(step, (near & far.roll(-step, 1)).int()) for step, near, far in (
+        (1, ne | se, nw | sw), (w, sw | se, nw | ne), (w + 1, se, nw), (w - 1, sw, ne))]
     pointer = torch.arange(h * w, device=bright.device).expand(B, -1)          # (B, h * w)
     for _ in range(rounds):
-        grid = best = pointer.view(B, h, w).int()
-        for (dy, dx), touch in links:
-            best = torch.maximum(best, (grid * touch).roll((dy, dx), (1, 2)))
-            best = torch.maximum(best, grid.roll((-dy, -dx), (1, 2)) * touch)
-        best = best.flatten(1).long()
-        pointer = best.scatter_reduce(1, pointer, best, "amax")
+        best = pointer.int()                                                   # faster than long
+        for step, touch in links:
+            best = torch.maximum(best, (best * touch).roll(step, 1))
+            best = torch.maximum(best, best.roll(-step, 1) * touch)
+        pointer = best.scatter_reduce(1, pointer, best, "amax").long()
         pointer = pointer.gather(1, pointer)
         pointer = pointer.gather(1, pointer)
-    pixels = blocks.sum((2, 4)).flatten(1)                                     # (B, h * w)
-    size = torch.zeros_like(pixels).scatter_add_(1, pointer, pixels)
-    largest = pointer == size.argmax(1, keepdim=True)
-    return (blocks & largest.view(B, h, 1, w, 1)).reshape(B, 2 * h, 2 * w)[:, :H, :W]
+    size = torch.zeros_like(pointer).scatter_add(1, pointer, blocks.sum(1).flatten(1))
+    largest = pointer == size.argmax(1, keepdim=True)                          # (B, h * w)
+    return F.pixel_shuffle(blocks & largest.view(B, 1, h, w), 2)[:, 0, :H, :W]
 
 def enclosing_circle_centre(region, steps=80):
-    """Centre (y, x) of the smallest circle around each region: (B, H, W) bool -> (B, 2) in pixels.
-
-    Badoiu and Clarkson (2003): go towards the farthest point, by less each time; 80 steps end
-    within 2.5 px at 224. The farthest point is the first or the last of its row.
-    """
+    """The centre of the smallest circle around each region: (B, H, W) bool -> (B, 2), y and x."""
+    # Badoiu and Clarkson (2003): go towards the farthest point, by less each time; 80 steps end
+    # within 2.5 px at 224. The farthest point is the first or the last of its row.
     B, H, W = region.shape
-    x = torch.arange(W, device=region.device, dtype=torch.float)
-    y = torch.arange(H, device=region.device, dtype=torch.float).repeat(B, 2)
-    ends = [torch.where(region, x, W).amin(2), torch.where(region, x, -1).amax(2)]
-    points = torch.complex(torch.cat(ends, 1), y)                              # (B, 2H), x + iy
-    inside = region.any(2).repeat(1, 2)
+    y, x = (torch.arange(side, device=region.device, dtype=torch.float) for side in (H, W))
+    ends = torch.where(region, x, W).amin(2), torch.where(region, x, -1).amax(2)   # (B, H) each
+    points = torch.complex(torch.cat(ends, 1), y.repeat(B, 2))                 # (B, 2H), x + iy
+    inside = region.any(2).repeat(1, 2)                                        # (B, 2H)
     centre = (points * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
     points = torch.where(inside, points, centre)
     for i in range(2, steps + 2):
@@ -123,49 +117,43 @@ def synthetic_lesion_mask(images, generator=None, first=0):
 
     A lesion is the image's own tissue under an elliptical Gaussian, resized and added elsewhere.
     Unlike a crop or an affine transform it leaves the anatomy at every position in place.
-    images (B, 1, H, W) in [0, 1]; the generator, on whichever device, draws the lesions. They are
-    part of a batch in which `first` images come before them, elsewhere.
-    Returns lesioned and mask, both (B, 1, H, W) in [0, 1]; lesioned == images where mask == 0.
+    images (B, 1, H, W) in [0, 1] -> lesioned and mask, alike; lesioned == images where mask == 0.
+    The generator, on any device, draws as for a batch in which `first` images come before these.
     """
     B, _, H, W = images.shape
-    device, grey = images.device, images.squeeze(1).float()
-    h, w = max(1, round(60 * H / 224)), max(1, round(60 * W / 224))            # sizes are at 224 px
-    full, crop = torch.tensor([[H, W], [h, w]], device=device)
-    smallest, largest = ((side * full / 224).round().clamp_min(1) for side in (16, 128))
+    device, grey = images.device, images.squeeze(1).float()                    # (B, H, W)
 
     # Texture: the 60 x 60 pixels around the centre of the largest bright region, inside the image.
-    levels = (grey * 255).round().long()
-    region = largest_region(levels > otsu_threshold(levels).view(B, 1, 1))
-    corner = (enclosing_circle_centre(region) - crop / 2).round().long().clamp_min(0)
-    corner = torch.minimum(corner, full - crop)                                # (B, 2)
-    y = corner[:, 0].view(B, 1, 1) + torch.arange(h, device=device).view(h, 1)
-    x = corner[:, 1].view(B, 1, 1) + torch.arange(w, device=device)
-    texture = grey[torch.arange(B, device=device).view(B, 1, 1), y, x]         # (B, h, w)
-    v, u = torch.linspace(-1, 1, h, device=device), torch.linspace(-1, 1, w, device=device)
-    window = torch.exp(-(u ** 2 + v.view(h, 1) ** 2) / 0.5)                    # (h, w)
+    h, w = (max(1, round(60 * side / 224)) for side in (H, W))                 # sizes are at 224 px
+    levels = (grey * 255).round().long()                                       # (B, H, W)
+    bright = levels > otsu_threshold(levels).view(B, 1, 1)                     # (B, H, W)
+    y, x = enclosing_circle_centre(largest_region(bright)).unbind(1)           # (B,) each
+    y, x = (y - h / 2).round().clamp(0, H - h), (x - w / 2).round().clamp(0, W - w)
+    crops = grey.unfold(1, h, 1).unfold(2, w, 1)                               # (B, y, x, h, w)
+    texture = crops[torch.arange(B, device=device), y.long(), x.long()]        # (B, h, w)
+    v, u = (torch.linspace(-1, 1, side, device=device) for side in (h, w))
+    window = torch.exp(-(u ** 2 + v.unsqueeze(1) ** 2) / 0.5)                  # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
-    texture = 0.5 * window * texture
 
-    # Up to 4 lesions: each height and width uniform, then its place.
+    def resize_and_place(size, start, source, length):
+        """One axis of the lesions, drawn in [0, 1), as a bilinear matrix (B, 4, length, source)."""
+        smallest, largest = (max(1, round(side * length / 224)) for side in (16, 128))
+        size = smallest + (size * (largest - smallest + 1)).floor()            # (B, 4, 1)
+        start = (start * (length - size + 1)).floor()                          # (B, 4, 1)
+        pixel = torch.arange(length, device=device) - start                    # (B, 4, length)
+        position = ((pixel + 0.5) * source / size - 0.5).clamp(0, source - 1)  # in the texture
+        offset = position.unsqueeze(3) - torch.arange(source, device=device)
+        return (1 - offset.abs()).clamp_min(0) * ((pixel >= 0) & (pixel < size)).unsqueeze(3)
+
     draws = torch.rand(first + B, 4, 5, generator=generator,
-                       device=generator.device if generator else device)[first:].to(device)
-    size = smallest + (draws[:, :, :2] * (largest - smallest + 1)).floor()     # (B, 4, 2)
-    start = (draws[:, :, 2:4] * (full - size + 1)).floor()                     # (B, 4, 2)
-    exists = torch.arange(4, device=device) <= (4 * draws[:, :1, 4]).floor()   # (B, 4)
-
-    def resize_and_place(length, source, size, start):
-        """Bilinear resizing along one axis, as a matrix (B, 4, length, source)."""
-        pixel = torch.arange(length, device=device) - start.unsqueeze(2)       # (B, 4, length)
-        position = (pixel + 0.5) * source / size.unsqueeze(2) - 0.5
-        offset = position.clamp(0, source - 1).unsqueeze(3) - torch.arange(source, device=device)
-        inside = (pixel >= 0) & (pixel < size.unsqueeze(2))
-        return (1 - offset.abs()).clamp_min(0) * inside.unsqueeze(3)
-
-    rows = resize_and_place(H, h, size[..., 0], start[..., 0]) * exists.view(B, 4, 1, 1)
-    columns = resize_and_place(W, w, size[..., 1], start[..., 1])
+                       device=generator.device if generator else device)
+    height, width, top, left, number = draws[first:].to(device).unsqueeze(3).unbind(2)  # (B, 4, 1)
+    exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
+    rows = resize_and_place(height, top, h, H) * exists.unsqueeze(3)           # (B, 4, H, h)
+    columns = resize_and_place(width, left, w, W)                              # (B, 4, W, w)
     with torch.autocast(device.type, enabled=False):
-        mask = torch.einsum("bnyi,bij,bnxj->byx", rows, texture, columns).clamp_max(1)
-    mask = torch.where(mask < 1 / 255, 0, mask).unsqueeze(1)
+        mask = torch.einsum("bnyi,bij,bnxj->byx", rows, 0.5 * window * texture, columns)
+    mask = torch.where(mask < 1 / 255, 0, mask.clamp_max(1)).unsqueeze(1)      # (B, 1, H, W)
     return torch.maximum(images, (images + mask).clamp_max(235 / 255)), mask
 
 # ---- Vision Transformer: names and arithmetic are timm's, positions MAE's ------------------------
@@ -184,15 +172,18 @@ def abnormal_tokens(mask, patch_size):
     return patchify(mask, patch_size).amax(2) > 0
 
 def sincos_positions(side, dim):
-    """Fixed sine-cosine positions (1, 1 + side * side, dim), zero for the class token [R; as MAE].
-
-    The first half of the channels tells the column, the second half the row.
-    """
+    """MAE's [R]: (1, 1 + L, dim), half for the column, half for the row; 0 for the class token."""
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(side, dtype=torch.float64).outer(frequency)           # (side, dim / 4)
     column = torch.cat([angle.sin(), angle.cos()], 1).expand(side, side, -1)   # (side, side, d / 2)
     grid = torch.cat([column, column.transpose(0, 1)], 2).flatten(0, 1)        # (L, dim)
     return F.pad(grid, (0, 0, 1, 0)).float().unsqueeze(0)
+
+def init_weights(module):
+    """As in MAE: Xavier's uniform for all linear layers, the patch embedding too; zero biases."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        nn.init.zeros_(module.bias)
 
 class Block(nn.Module):
     """Pre-norm transformer block: (B, T, D) -> (B, T, D)."""
@@ -208,50 +199,36 @@ class Block(nn.Module):
     def forward(self, x):
         qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, h, T, D / h)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.attn.proj(attended)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)     # (B, T, h, D / h)
+        x = x + self.attn.proj(attended.flatten(2))                            # (B, T, D)
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
-def init_weights(module):
-    """As in MAE: Xavier's uniform for all linear layers, the patch embedding too; zero biases."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        nn.init.zeros_(module.bias)
-
 class ViT(nn.Module):
-    """Vision Transformer [P: ViT-B/16]: (B, C, H, W) -> (B, 1 + L, D), the class token first.
-
-    seen (B, L) bool, equally many in each image: only these tokens are worked on, as in MAE, and
-    the others come out as zeros.
-    """
+    """Vision Transformer [P: ViT-B/16]: (B, C, H, W) -> (B, 1 + L, D), the class token first."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12):
         super().__init__()
-        side = img_size // patch_size
-        self.num_patches = side * side
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(side, embed_dim), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(img_size // patch_size, embed_dim), False)
         self.blocks = nn.Sequential(*[Block(embed_dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
 
     def forward(self, x, seen=None):
+        """seen (B, L) bool, equally many an image: as in MAE, only these; the others give 0."""
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                # (B, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         if seen is None:
             return self.norm(self.blocks(x))                                   # (B, 1 + L, D)
-        seen = F.pad(seen, (1, 0), value=True)
+        seen = F.pad(seen, (1, 0), value=True)                                 # (B, 1 + L)
         few = self.norm(self.blocks(x[seen].unflatten(0, (len(x), -1))))       # (B, 1 + seen, D)
         return few.new_zeros(x.shape).masked_scatter(seen.unsqueeze(2), few)
 
 class Decoder(nn.Module):
-    """Restores the normal image from the tokens, less the abnormal ones [P: Fig. 2; R].
-
-    tokens (B, 1 + L, D) of the encoder, abnormal (B, L) bool -> (B, C, H, W).
-    """
+    """Restores x from tokens (B, 1 + L, D), less the abnormal ones [P; R]: -> (B, C, H, W)."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, encoder_dim=768, embed_dim=512,
                  depth=8, num_heads=16):
@@ -268,18 +245,14 @@ class Decoder(nn.Module):
     def forward(self, tokens, abnormal):
         x = self.embedding(tokens)                                             # (B, 1 + L, d)
         patches = torch.where(abnormal.unsqueeze(2), self.mask_token.to(x.dtype), x[:, 1:])
-        x = torch.cat([x[:, :1], patches], 1) + self.pos_embed
-        x = self.norm(self.blocks(x))
-        return unpatchify(self.image_pred(x[:, 1:]), self.patch_size)
+        x = torch.cat([x[:, :1], patches], 1) + self.pos_embed                 # (B, 1 + L, d)
+        x = self.image_pred(self.norm(self.blocks(x))[:, 1:])                  # (B, L, C * p * p)
+        return unpatchify(x, self.patch_size)
 
 # ---- Projection head (Fig. 3) --------------------------------------------------------------------
 
 class AnatomyHead(nn.Module):
-    """Scores each token against K pseudo-clusters of its own position [R]: (B, L, D) -> (B, L, K).
-
-    Each position has its own last layer, weight-normalised with norm 1: a score is the cosine
-    between the projected token and one of that position's K directions, from -1 to 1.
-    """
+    """Scores each token against K pseudo-clusters of its position [R]: (B, L, D) -> (B, L, K)."""
 
     def __init__(self, in_dim, num_patches, out_dim=256, hidden_dim=1024, bottleneck_dim=256):
         super().__init__()
@@ -292,17 +265,13 @@ class AnatomyHead(nn.Module):
     def forward(self, tokens):
         z = F.normalize(self.mlp(tokens), dim=2)                               # (B, L, d)
         scores = torch.einsum("bld,lkd->blk", z, self.last_layers)             # (B, L, K)
-        return scores / self.last_layers.norm(dim=2)
+        return scores / self.last_layers.norm(dim=2)       # a cosine, as weight norms are 1
 
 # ---- Spatial-aware prototypes (Fig. 3) -----------------------------------------------------------
 
 def sinkhorn(scores, epsilon=0.05, iterations=3):
-    """Sinkhorn-Knopp: scores (L, K) -> soft assignment (L, K) that uses all clusters alike [R].
-
-    Rows sum to 1, columns nearly to L / K. It works on logarithms, so that no score overflows; the
-    factors 1 / K and 1 / L of the usual form cancel in the next normalisation.
-    """
-    log_c = scores.float() / epsilon
+    """Sinkhorn-Knopp [R]: scores -> assignment (L, K), rows sum to 1, columns nearly to L / K."""
+    log_c = scores.float() / epsilon                       # (L, K), a logarithm: no overflow
     for _ in range(iterations):
         log_c = log_c - log_c.logsumexp(0, keepdim=True)
         log_c = log_c - log_c.logsumexp(1, keepdim=True)
@@ -310,9 +279,8 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
 
 def gather(x):
     """(B, ...) of each process -> (N * B, ...) of all N, with the gradient; x itself if alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.cat(torch.distributed.nn.functional.all_gather(x))
-    return x
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return x if alone else torch.cat(torch.distributed.nn.functional.all_gather(x))
 
 class SpatialPrototypes(nn.Module):
     """P, a prototype for each position: the running mean of the teacher's scores there [P; R]."""
@@ -325,14 +293,10 @@ class SpatialPrototypes(nn.Module):
 
     @torch.no_grad()
     def update(self, teacher_logits, momentum=None):
-        """P <- m P + (1 - m) mean over the images of all devices; the first update copies the mean.
-
-        teacher_logits (B, L, K); m is the constructor's momentum unless given.
-        """
+        """P <- m P + (1 - m) mean of teacher_logits (B, L, K) over images; at first the mean."""
         mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
-        momentum = self.momentum if momentum is None else momentum
-        # No `if` on a tensor, as that would wait for the GPU.
-        self.prototypes.lerp_(mean, torch.where(self.updates > 0, 1 - momentum, 1.0))
+        m = self.momentum if momentum is None else momentum
+        self.prototypes.lerp_(mean, torch.where(self.updates > 0, 1 - m, 1.0))  # `if` would wait
         self.updates += 1
 
     @torch.no_grad()
@@ -358,21 +322,19 @@ def category_consistency_loss(logits, prototypes, abnormal, seen=True, temperatu
         s_ij = cos(Q^S_ij, P_j) / temperature
         mean over normal (i, j) of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
 
-    The paper names this loss, the release lacks it, the form is ours: InfoNCE with the position's
-    prototype as the anchor, normal tokens as positives, the abnormal tokens there as negatives.
-    The mean over negatives makes chance log 2 for any batch. Token-to-token contrast stayed at
-    chance: at one position all logits point the same way, and only the prototype tells where.
-    logits (B, L, K), prototypes (L, K), abnormal and seen (B, L) bool -> scalar; an unseen token,
-    and a position that has only one category, count for nothing.
+    The paper only names it. Ours is InfoNCE with the prototype as the anchor, normal tokens as
+    positives, abnormal ones as negatives; by their mean, chance is log 2 whatever the batch.
+    Token-to-token contrast stayed at chance: at one position all logits point the same way.
+    logits (B, L, K), prototypes (L, K), abnormal and seen (B, L) bool -> scalar; unseen tokens, and
+    positions that have only one category, count for nothing.
     """
     # eps keeps the gradient at a vector of zeros within the range of half precision.
-    similarity = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature
-    normal, abnormal = ~abnormal & seen, abnormal & seen                               # (B, L)
-    counts = normal & abnormal.any(0)
-    negatives = similarity.masked_fill(~abnormal & abnormal.any(0), -math.inf).logsumexp(0)
-    negatives = negatives - abnormal.sum(0).clamp_min(1).log()                         # (L,)
-    loss = F.softplus(negatives - similarity)
-    return torch.where(counts, loss, 0).sum() / counts.sum().clamp_min(1)
+    s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
+    negative = abnormal & seen                                                 # (B, L)
+    positive = ~abnormal & seen & negative.any(0)                              # (B, L)
+    log_sum = s.masked_fill(~negative & negative.any(0), -math.inf).logsumexp(0)        # (L,)
+    log_mean = log_sum - negative.sum(0).clamp_min(1).log()                    # (L,)
+    return torch.where(positive, F.softplus(log_mean - s), 0).sum() / positive.sum().clamp_min(1)
 
 def restoration_loss(restored, target):
     """L_rest: mean squared error over all pixels, lesions or not [R]: equal shapes -> scalar."""
@@ -381,10 +343,7 @@ def restoration_loss(restored, target):
 # ---- AFiRe (Fig. 2, whole) -----------------------------------------------------------------------
 
 class AFiRe(nn.Module):
-    """Student (encoder and head), teacher (its moving average), decoder and prototypes.
-
-    weights are those of L_stru, L_cate and L_rest in the total [R: 1 each].
-    """
+    """Student, teacher (its average), decoder, prototypes; weights of the losses [R: 1 each]."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  out_dim=256, head_dim=1024, bottleneck_dim=256, decoder_dim=512, decoder_depth=8,
@@ -392,18 +351,13 @@ class AFiRe(nn.Module):
         super().__init__()
         self.patch_size, self.weights = patch_size, weights
         self.num_patches = (img_size // patch_size) ** 2
-
-        def network():
-            return nn.ModuleDict({
-                "encoder": ViT(img_size, patch_size, 3, embed_dim, depth, num_heads),
-                "head": AnatomyHead(embed_dim, self.num_patches, out_dim, head_dim,
-                                    bottleneck_dim)})
-
-        self.student = network()
+        vit = img_size, patch_size, 3, embed_dim, depth, num_heads
+        head = embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim
+        self.student = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
         self.decoder = Decoder(img_size, patch_size, 3, embed_dim, decoder_dim, decoder_depth,
                                decoder_heads)
-        self.teacher = network().requires_grad_(False).eval()
-        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
+        self.teacher.requires_grad_(False).eval().load_state_dict(self.student.state_dict())
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
@@ -417,29 +371,29 @@ class AFiRe(nn.Module):
         """Three equal channels, ImageNet's mean and std [R]: (B, 1, H, W) -> (B, 3, H, W)."""
         return (images - self.mean) / self.std
 
+    @torch.no_grad()
+    def features(self, images):
+        """The teacher's tokens, to be used downstream [R]: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
+        return self.teacher.encoder(self.normalise(images))[:, 1:]
+
     def forward(self, normal, lesioned, mask, prototype_momentum=None, seen=None):
         """x, x', M, each (B, 1, H, W) in [0, 1] -> dictionary of the total and the three losses.
 
-        seen (B, L) bool: the student sees these tokens of x' only [D]. The others are restored,
-        as the abnormal ones are, and count for neither contrast.
+        seen (B, L) bool: what the student sees of x' [D]; the rest is restored and not contrasted.
         """
-        x, abnormal = self.normalise(normal), abnormal_tokens(mask, self.patch_size)
         if self.training:
-            with torch.no_grad():
-                teacher_tokens = self.teacher.encoder(x)[:, 1:]                # (B, L, D)
-                self.prototypes.update(self.teacher.head(teacher_tokens), prototype_momentum)
+            teacher_logits = self.teacher.head(self.features(normal))          # (B, L, K)
+            self.prototypes.update(teacher_logits, prototype_momentum)
         tokens = self.student.encoder(self.normalise(lesioned), seen)          # (B, 1 + L, D)
-        seen = torch.ones_like(abnormal) if seen is None else seen
         logits = self.student.head(tokens[:, 1:])                              # (B, L, K)
+        abnormal = abnormal_tokens(mask, self.patch_size)                      # (B, L)
+        seen = torch.ones_like(abnormal) if seen is None else seen             # (B, L)
         restored = self.decoder(tokens, abnormal | ~seen)                      # (B, 3, H, W)
-
-        # Both contrasts are over the tokens of all processes, as if it were one.
-        logits = gather(logits)
-        abnormal, seen = gather(abnormal.byte()).bool(), gather(seen.byte()).bool()
-        assignment, prototypes = self.prototypes.assignment(), self.prototypes.prototypes
+        logits, abnormal, seen = map(gather, (logits, abnormal, seen))         # of all processes
+        assignment, prototypes = self.prototypes.assignment(), self.prototypes.prototypes   # (L, K)
         losses = {"structure": structure_consistency_loss(logits, assignment, abnormal | ~seen),
                   "category": category_consistency_loss(logits, prototypes, abnormal, seen),
-                  "restoration": restoration_loss(restored, x)}
+                  "restoration": restoration_loss(restored, self.normalise(normal))}
         total = sum(weight * loss for weight, loss in zip(self.weights, losses.values()))
         return {"loss": total, **losses}
 
@@ -453,11 +407,6 @@ class AFiRe(nn.Module):
     def from_release(cls, checkpoint):
         """The authors' whole model, from their {"student": state, "teacher": state} [R]."""
         return read_release(cls, checkpoint)
-
-    @torch.no_grad()
-    def features(self, images):
-        """The teacher's tokens, to be used downstream [R]: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
-        return self.teacher.encoder(self.normalise(images))[:, 1:]
 
 # ---- Data: files, labels, boxes ------------------------------------------------------------------
 
@@ -483,30 +432,26 @@ def is_normal(name):
 def read_csv(file, columns):
     """-> a dictionary for each line, with these columns at the least."""
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        header = stream.readline()
-        stream.seek(0)
-        rows = list(csv.DictReader(stream, delimiter=max(",;\t", key=header.count)))
-    for column in columns:
-        if not rows or rows[0].get(column) is None:
-            raise InputError(f"{file} has no column {column!r}: it needs {', '.join(columns)}")
+        lines = list(stream)
+    header = "".join(lines[:1])
+    rows = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
+    if not rows or any(row.get(column) is None for row in rows for column in columns):
+        raise InputError(f"{file} needs the columns {', '.join(columns)}, filled in every line")
     return rows
 
 def read_list(file):
     """The field's lists, `relative/path 0 1 0 ...`: -> a (name, set of findings) each."""
     text = file.read_text("utf-8-sig", errors="replace")
     lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
-    count = len(lines[0][1].split()) if lines else 0
-    findings = [f"finding_{i + 1}" for i in range(count)]
-    if count == 14:                               # ChestX-ray14's, in the order of its lists
-        findings = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia "
-                    "Pneumothorax Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia"
-                    ).split()
+    lines = [(name, flags.split()) for name, flags in lines]
     for name, flags in lines:
-        if len(flags.split()) != count:
-            raise InputError(f"{file}: {name} has {len(flags.split())} labels, the first line "
-                             f"{count}: give every line as many zeros and ones")
-    return [(name, {finding for finding, flag in zip(findings, flags.split()) if flag == "1"})
-            for name, flags in lines]
+        if len(flags) != len(lines[0][1]):
+            raise InputError(f"{file}: {name} has {len(flags)} labels, the first line "
+                             f"{len(lines[0][1])}: give every line as many zeros and ones")
+    nih = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
+           "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
+    return [(name, {nih[i] if len(flags) == len(nih) else f"finding_{i + 1}"
+                    for i, flag in enumerate(flags) if flag == "1"}) for name, flags in lines]
 
 def find_images(data, root=None, labels=None, test_fraction=0.2):
     """What --data, --root and --labels name: -> records as in Radiographs.
@@ -530,14 +475,16 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
         rows = {row["image"]: row for row in read_csv(labels, ["image", "findings"])}
         told = [(record, rows.get(record["name"]) or rows.get(record["path"].name))
                 for record in records]
-        records = [{**record, **row, "findings": {each.strip() for each in row["findings"].split("|")
-                                                  if not is_normal(each)}}
-                   for record, row in told if row]
+        records = [{**record, "patient": row.get("patient"),
+                    "findings": {each.strip() for each in row["findings"].split("|")
+                                 if not is_normal(each)}} for record, row in told if row]
         print(f"{labels} tells of {len(records)} of {len(told)} images; the others are left out")
     if not records:
-        raise InputError(f"--data {data} is neither a list of images nor a folder with PNG, "
-                         "JPEG, BMP, TIFF or DICOM files"
+        raise InputError(f"--data {data} is no folder or list of PNG, JPEG, BMP, TIFF or DICOM"
                          + (f" that {labels} tells of" if labels else ""))
+    dicom = any(record["path"].suffix.lower() == ".dcm" for record in records)
+    if dicom and not importlib.util.find_spec("pydicom"):
+        raise InputError(f"--data {data} has DICOM files: `pip install pydicom` to read them")
     split = {record["name"].split("/")[0] for record in records} >= {"train", "test"}
     for record in records:
         guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
@@ -550,10 +497,7 @@ def open_image(path):
     """A Pillow image; of DICOM the pixels as they are meant to be seen, in floating point."""
     if path.suffix.lower() != ".dcm":
         return Image.open(path)
-    try:
-        import pydicom
-    except ImportError as error:
-        raise InputError(f"{path} is DICOM: `pip install pydicom` to read it") from error
+    import pydicom
     file = pydicom.dcmread(path)
     pixels = pydicom.pixels.apply_rescale(file.pixel_array, file)
     pixels = pydicom.pixels.apply_windowing(pixels, file).astype(np.float32)
@@ -597,17 +541,15 @@ def cached_images(paths, size, cache, equal=False):
         partial = file.with_suffix(".partial")
         images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 1, size, size))
 
-        def decode(i):
+        def decode(image, path):
             try:
-                images[i, 0] = read_image(paths[i], size, equal)
+                image[0] = read_image(path, size, equal)
                 return True
-            except InputError:
-                raise
             except Exception:                     # each decoder fails in its own ways
                 return False
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            done = pool.map(decode, range(len(paths)))
+            done = pool.map(decode, images, paths)
             np.save(status, list(tqdm(done, "decode", len(paths), unit="image")))
         images.flush()
         partial.rename(file)
@@ -616,8 +558,8 @@ def cached_images(paths, size, cache, equal=False):
     if len(failed) == len(paths):
         raise InputError(f"--data has no image that can be read: {failed[0]} and all others fail")
     if failed:
-        print(f"{len(failed)} of {len(paths)} files cannot be read and are left out: "
-              + ", ".join(failed[:9]) + (", ..." if len(failed) > 9 else ""))
+        print(f"{len(failed)} of {len(paths)} files cannot be read and are left out, the first: "
+              + ", ".join(failed[:9]))
     return np.load(file, mmap_mode="r"), readable
 
 def load_radiographs(args):
@@ -649,19 +591,18 @@ def read_boxes(file, data):
     by_name = {**{record["path"].name: record for record in records},
                **{record["name"]: record for record in records}}
     for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"]):
-        record = by_name.get(row["image"])
-        if record:
-            with open_image(record["path"]) as image:
-                scale = side / np.array(image.size)
-            try:
-                x, y, w, h = (float(row[key]) for key in "xywh")
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{file}: the box of {row['image']} has no number in one of x, y, "
-                                 "w, h: correct it") from error
-            left, top = np.floor(scale * [x, y]).astype(int).clip(0, side)
-            right, bottom = np.ceil(scale * [x + w, y + h]).astype(int).clip(0, side)
-            mask = record.setdefault("mask", np.zeros((side, side), bool))
-            mask[top:bottom, left:right] = True
+        if row["image"] not in by_name:
+            continue
+        record = by_name[row["image"]]
+        with open_image(record["path"]) as image:
+            scale = side / np.array(image.size)
+        try:
+            x, y, w, h = (float(row[key]) for key in "xywh")
+        except ValueError as error:
+            raise InputError(f"{file}: {row['image']} needs numbers as x, y, w, h") from error
+        left, top = np.floor(scale * [x, y]).astype(int).clip(0, side)
+        right, bottom = np.ceil(scale * [x + w, y + h]).astype(int).clip(0, side)
+        record.setdefault("mask", np.zeros((side, side), bool))[top:bottom, left:right] = True
     moved = {record["patient"] for record in records if "mask" in record}
     moved -= {records[row]["patient"] for row in data.train if not data.labels[row].any()}
     moved = np.array([records[row]["patient"] in moved for row in data.train], bool)
@@ -822,10 +763,7 @@ class Trainer:
             self.model, broadcast_buffers=False)
 
     def step(self, images, rows, step, per_epoch, total):
-        """One step on images (n, 1, S, S) uint8 [rows]: -> the four losses (4,), lr.
-
-        The batch is cut into parts, a device's one after the other with --grad-accum.
-        """
+        """One step on images (n, 1, S, S) uint8 [rows]: -> the four losses (4,), lr."""
         args, device, warmup = self.args, self.args.device, self.args.warmup_epochs * per_epoch
         peak = args.lr * args.batch_size / 256
         lr = (peak * (step + 1) / warmup if step < warmup else
@@ -838,7 +776,7 @@ class Trainer:
         seed = (args.seed * 2654435769 + step) % 2 ** 32     # generators ignore all further bits
         size, sums = len(rows) // (self.world * args.grad_accum), 0
         self.optimizer.zero_grad()
-        for part in range(args.grad_accum):
+        for part in range(args.grad_accum):       # of the batch, one after the other on a device
             first = (part * self.world + self.rank) * size
             normal = to_device(images[rows[first:first + size]], device)
             generator, seen = torch.Generator().manual_seed(seed), None
@@ -860,33 +798,6 @@ class Trainer:
         self.scaler.update()
         self.model.update_teacher(cosine(args.teacher_momentum, 1.0, step / total))
         return sums, lr
-
-@contextlib.contextmanager
-def only_run_in(folder):
-    """Keeps a second run out of the folder; the system frees the lock of a process that died."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            import fcntl                                               # not there on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another run is at work in --out {folder}: wait for its end, or name "
-                             "another folder") from error
-        except ImportError:
-            pass
-        yield
-
-@contextlib.contextmanager
-def signals_noted():
-    """Ctrl-C and SIGTERM do nothing but add their number to the list that this gives."""
-    noted = []
-    before = {each: signal.signal(each, lambda number, _: noted.append(number))
-              for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 def save_checkpoint(state, path):
     """First beside it, so that neither a kill nor a full disk harms what is there."""
@@ -911,14 +822,21 @@ def pretrain(args):
     Under torchrun it takes part in one training by several processes, with the same result.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(hours=4))
     if args.batch_size % (world * args.grad_accum):
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes "
                          f"with --grad-accum {args.grad_accum}: make it a multiple of both")
-    with only_run_in(Path(args.out)) if rank == 0 else contextlib.redirect_stdout(None):
-        train(args, rank, world)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=4))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:                                           # the system frees the lock of a dead process
+        with (filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else
+              contextlib.redirect_stdout(None)):
+            train(args, rank, world)
+    except filelock.Timeout as error:
+        raise InputError(f"another run is at work in --out {out}: wait for its end, or name "
+                         "another folder") from error
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -927,13 +845,13 @@ def train(args, rank, world):
     device, out = args.device, Path(args.out)
     ckpt = out / "checkpoint.pth"
     files = [file for file in (ckpt, out / "previous.pth") if file.exists()]
-    state = read_checkpoint(files[0]) if files else None
-    config = {key: value for key, value in vars(args).items()
-              if key not in ("verb", "device", "out")}
+    state = read_checkpoint(files[0]) if files else {
+        "config": {}, "step": 0, "history": [], "sums": torch.zeros(4)}
+    config = {key: vars(args)[key] for key in vars(args) if key not in ("verb", "device", "out")}
 
     def refuse_another_run():
         for key, value in config.items():
-            before = state["config"].get(key) if state else value
+            before = state["config"].get(key, value)
             if before != value and key not in ("cache", "save_every", "compile"):
                 raise InputError(f"{out} holds a run with {key} {before}, not {value}: repeat that "
                                  "to go on with it, else name another --out")
@@ -945,9 +863,9 @@ def train(args, rank, world):
     if world > 1 and not rank:
         torch.distributed.barrier()
     normals = data.train[~data.labels[data.train].any(1)]
-    print(f"preset {args.preset} on {world} x {device}, in {out}")
-    print(f"pre-training on {len(normals)} images; left out: {len(data.train) - len(normals)} with "
-          f"findings, {len(data.test)} held out for testing"
+    print(f"preset {args.preset} on {world} x {device}, in {out}: pre-training on {len(normals)} "
+          f"images; left out: {len(data.train) - len(normals)} with findings, {len(data.test)} "
+          "held out for testing"
           + ("" if data.findings else "; nothing is known of findings, all count as normal"))
     if len(normals) < args.batch_size:
         raise InputError(f"--data {args.data} has {len(normals)} images without findings to train "
@@ -956,9 +874,14 @@ def train(args, rank, world):
     config["images"] = f"{len(normals)} of key {zlib.crc32(names.encode()):08x}"
     refuse_another_run()
 
-    trainer, start, history = Trainer(args, rank, world), 0, []
-    sums = torch.zeros(4, device=device)                               # of the losses, this epoch
-    if args.init:
+    trainer, per_epoch = Trainer(args, rank, world), len(normals) // args.batch_size
+    start, total = state["step"], args.epochs * per_epoch
+    history, sums = state["history"], state["sums"].to(device)         # of the losses, this epoch
+    if files:
+        for name, part in trainer.parts.items():
+            part.load_state_dict(state[name])
+        print(f"{out} is at step {start} of {total}: going on from there")
+    elif args.init:
         try:
             weights = load_encoder(args.init, args.img_size).state_dict()
             for network in trainer.model.student, trainer.model.teacher:
@@ -966,63 +889,47 @@ def train(args, rank, world):
         except RuntimeError as error:
             raise InputError(f"--init {args.init} does not fit --arch {args.arch} and --patch-size "
                              f"{args.patch_size}: change these") from error
-    per_epoch = len(normals) // args.batch_size
-    total = args.epochs * per_epoch
-    if state:
-        for name, part in trainer.parts.items():
-            part.load_state_dict(state[name])
-        start, history, sums = state["step"], state["history"], state["sums"].to(device)
-        print(f"{out} is at step {start} of {total}: going on from there")
-
-    def save(step):
-        parts = {name: part.state_dict() for name, part in trainer.parts.items()}
-        save_checkpoint({**parts, "step": step, "sums": sums.cpu(), "history": history,
-                         "config": config}, ckpt)
-        lines = "".join(json.dumps(record) + "\n" for record in history)
-        (out / "log.jsonl").write_text(lines)
-
     if rank == 0:
         (out / "config.json").write_text(json.dumps(config, indent=2))
-    bar = tqdm(total=total, initial=start, unit="step", mininterval=1, disable=rank > 0)
-    saved_at = time.monotonic()
-    with signals_noted() as signals:
-        for step in range(start, total):
+    signals, saved_at = [], time.monotonic()
+    bar = tqdm(range(start, total), "pretrain", total, initial=start, unit="step", mininterval=1,
+               disable=rank > 0)
+    with contextlib.ExitStack() as afterwards:
+        for each in signal.SIGINT, signal.SIGTERM:                     # heeded after the step
+            before = signal.signal(each, lambda number, _: signals.append(number))
+            afterwards.callback(signal.signal, each, before)
+        for step in bar:
             epoch, i = divmod(step, per_epoch)
             if i == 0 or step == start:
                 order = np.random.default_rng((args.seed, epoch)).permutation(normals)
             rows = np.sort(order[i * args.batch_size:(i + 1) * args.batch_size])
             losses, lr = trainer.step(data.images, rows, step, per_epoch, total)
             sums = losses if i == 0 else sums + losses
-            bar.update()
             last = i == per_epoch - 1
             if not (last or step % 10 == 0 or signals and world == 1):
                 continue                                               # .tolist waits for the GPU
-            told = torch.cat([sums, sums.new_tensor([len(signals)])])
-            if world > 1:                                              # all stop at the same step
-                torch.distributed.all_reduce(told)
-                told /= world
-            sums, stop = told[:4], bool(told[4])
+            told = gather(F.pad(sums, (0, 1), value=len(signals)).unsqueeze(0)).mean(0)
+            sums, stop = told[:4], bool(told[4])                       # all stop at the same step
             means = dict(zip(("loss", "structure", "category", "restoration"),
                              (sums / (i + 1)).tolist()))
-            bar.set_postfix({name: f"{means[name]:.3f}" for name in means if name != "loss"})
-            saving = last or stop or time.monotonic() - saved_at > 60 * args.save_every
-            sound = not saving or all(p.isfinite().all() for p in trainer.parameters)
-            if not (math.isfinite(means["loss"]) and sound):
-                bar.close()
-                sys.exit(f"afire.py: the loss is not finite at step {step} ({bar.postfix}); "
-                         f"{ckpt} is from before. Try a lower --lr or --amp none in another --out, "
-                         "with --init to start from that checkpoint")
+            bar.set_postfix(means)
+            if not all(each.isfinite().all() for each in (sums, *trainer.parameters)):
+                sys.exit(f"afire.py: the loss or a weight is not finite at step {step}; {ckpt} is "
+                         "from before. Try a lower --lr or --amp none in another --out, with "
+                         "--init to start from that checkpoint")
             if last:
                 history.append({"epoch": epoch + 1, **means, "lr": lr})
-            if rank == 0 and saving:
-                save(step + 1)
+            if rank == 0 and (last or stop or time.monotonic() - saved_at > 60 * args.save_every):
+                parts = {name: part.state_dict() for name, part in trainer.parts.items()}
+                save_checkpoint({**parts, "step": step + 1, "sums": sums.cpu(), "history": history,
+                                 "config": config}, ckpt)
+                (out / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in history))
                 saved_at = time.monotonic()
             if stop:
                 bar.close()
                 print(f"stopped after step {step + 1} of {total}; the same command goes on from "
                       "there")
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
-    bar.close()
     if rank == 0:
         torch.save(trainer.model.teacher.encoder.state_dict(), out / "encoder.pth")
         plot_losses(history, out / "losses.png")
@@ -1038,39 +945,34 @@ def read_checkpoint(path):
     except Exception as error:                    # each broken file fails in its own way
         raise InputError(f"{path} is not a checkpoint of tensors: name another") from error
 
+def count_blocks(state, prefix="blocks."):
+    """How many transformer blocks a state dict has under this prefix."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
 def load_encoder(path, img_size=None):
     """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT.
 
-    Its positions are interpolated if img_size, in pixels, has another grid than they. It prints
-    what it takes and what it leaves.
+    Its positions are interpolated to the grid of img_size, in pixels. It prints what it leaves.
     """
     state = read_checkpoint(path)
     for key in "model", "teacher", "state_dict":
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    prefix = next((prefix for prefix in ("teacher.encoder.", "encoder.", "backbone.", "")
-                   if f"{prefix}patch_embed.proj.weight" in state), None)
-    if prefix is None:
-        raise InputError(f"{path} holds no ViT: there is no patch_embed.proj.weight in it")
-    taken = {key.removeprefix(prefix): value for key, value in state.items()
-             if key.startswith(prefix)}
-    depth = len({key.split(".")[1] for key in taken if key.startswith("blocks.")})
-    dim, in_chans, _, patch_size = taken["patch_embed.proj.weight"].shape
+    state = {re.sub(r"^(module\.)?(teacher\.)?(encoder\.|backbone\.)?", "", key): value
+             for key, value in state.items()}
     try:
-        positions = taken["pos_embed"]                                         # (1, 1 + L, D)
-        side = math.isqrt(positions.shape[1] - 1)
-        size = img_size or side * patch_size
-        if size != side * patch_size:
-            grid = unpatchify(positions[:, 1:], 1)                             # (1, D, side, side)
-            grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
-            taken["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
-        vit = ViT(size, patch_size, in_chans, dim, depth, max(1, dim // 64))
-        vit.load_state_dict({key: taken[key] for key in vit.state_dict()})
+        dim, in_chans, _, patch_size = state["patch_embed.proj.weight"].shape
+        positions = state["pos_embed"]                                         # (1, 1 + L, D)
+        size = img_size or math.isqrt(positions.shape[1] - 1) * patch_size
+        grid = unpatchify(positions[:, 1:], 1)                                 # (1, D, side, side)
+        grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
+        state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
+        vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), max(1, dim // 64))
+        vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is not a ViT of {depth} blocks: {error}") from error
-    left = [key for key in state if key.removeprefix(prefix) not in vit.state_dict()]
-    print(f"{path}: {len(vit.state_dict())} tensors of {prefix or 'the encoder'} taken, "
-          f"{len(left)} left" + (f": {', '.join(left[:4])}, ..." if left else ""))
+        raise InputError(f"{path} holds no ViT that fits together: {error}") from error
+    left = [key for key in state if key not in vit.state_dict()]
+    print(f"{path}: {len(vit.state_dict())} tensors of the encoder taken, {len(left)} left"
+          + (f": {', '.join(left[:4])}, ..." if left else ""))
     return vit
 
 def read_release(cls, checkpoint):
@@ -1078,28 +980,21 @@ def read_release(cls, checkpoint):
 
     Their last layers, a module of weight_g (all 1) and weight_v for each position, become one.
     """
-    def rename(state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        layers = []
-        while f"head.last_layers.{len(layers)}.weight_v" in state:
-            layers.append(state[f"head.last_layers.{len(layers)}.weight_v"])
-        return {**{key: value for key, value in state.items() if "last_layers" not in key},
-                "head.last_layers": torch.stack(layers)}
-
-    def depth(part):
-        return len({key.split(".")[2] for key in student if key.startswith(f"{part}.blocks.")})
-
-    student, teacher = rename(checkpoint["student"]), rename(checkpoint["teacher"])
-    dim, _, _, patch_size = student["encoder.patch_embed.proj.weight"].shape
-    num_patches, out_dim, bottleneck_dim = student["head.last_layers"].shape
-    decoder_dim = len(student["decoder.embedding.weight"])
-    model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim, depth("encoder"),
-                max(1, dim // 64), out_dim, len(student["head.mlp.0.weight"]), bottleneck_dim,
-                decoder_dim, depth("decoder"), max(1, decoder_dim // 32))
-    model.decoder.load_state_dict({key.removeprefix("decoder."): student.pop(key)
-                                   for key in list(student) if key.startswith("decoder.")})
-    model.student.load_state_dict(student)
-    model.teacher.load_state_dict(teacher)
+    state = {f"{role}.{key.removeprefix('module.')}".replace("student.decoder", "decoder"): value
+             for role in ("student", "teacher") for key, value in checkpoint[role].items()}
+    num_patches = state["student.encoder.pos_embed"].shape[1] - 1
+    for role in "student", "teacher":
+        layers = [state[f"{role}.head.last_layers.{i}.weight_v"] for i in range(num_patches)]
+        state[f"{role}.head.last_layers"] = torch.stack(layers)                # (L, K, d)
+    dim, _, _, patch_size = state["student.encoder.patch_embed.proj.weight"].shape
+    _, out_dim, bottleneck_dim = state["student.head.last_layers"].shape
+    decoder_dim = len(state["decoder.embedding.weight"])
+    model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim,
+                count_blocks(state, "student.encoder.blocks."), max(1, dim // 64), out_dim,
+                len(state["student.head.mlp.0.weight"]), bottleneck_dim, decoder_dim,
+                count_blocks(state, "decoder.blocks."), max(1, decoder_dim // 32))
+    model.load_state_dict({key: state[key] for key in model.state_dict()
+                           if not key.startswith("prototypes.")}, strict=False)
     return model
 
 # ---- Bench ---------------------------------------------------------------------------------------
@@ -1112,63 +1007,59 @@ def bench(args, rounds=7):
     """
     device, n, size = args.device, args.batch_size, args.img_size
     trainer, generator = Trainer(args), torch.Generator().manual_seed(0)
-    model, amp = trainer.model, trainer.amp
+    model, rows = trainer.model, np.arange(n)
 
     def backbone():
         trainer.optimizer.zero_grad()
-        with torch.autocast(device.type, amp, enabled=amp is not None):
+        with torch.autocast(device.type, trainer.amp, enabled=trainer.amp is not None):
             with torch.no_grad():
                 model.teacher.head(model.teacher.encoder(x)[:, 1:])
             tokens = model.student.encoder(x)
             outputs = model.student.head(tokens[:, 1:]), model.decoder(tokens, abnormal)
         sum(each.float().mean() for each in outputs).backward()
 
+    def seconds(part):
+        start = time.perf_counter()
+        part()
+        torch.zeros(1, device=device).item()                           # waits for the device
+        return time.perf_counter() - start
+
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
-        for i, image in enumerate([] if args.data else phantoms(32, 512)[0]):
-            Image.fromarray(image[0]).save(f"{folder}/{i}.png")
+        if not args.data:
+            Image.fromarray(phantoms(1, 512)[0][0, 0]).save(f"{folder}/phantom.png")
         records = find_images(Path(args.data or folder), args.root, args.labels)
-        normals = sum(not record["findings"] for record in records) if args.data else 1000
-        paths = [record["path"] for record in records[:64]]
+        paths = [records[i % len(records)]["path"] for i in range(n)]
         images, _ = cached_images(paths, size, Path(folder))
-        rows = np.resize(np.arange(len(paths)), n)
         normal = to_device(images[rows], device)
-        x = model.normalise(normal)
-        abnormal = abnormal_tokens(synthetic_lesion_mask(normal, generator)[1], args.patch_size)
-        a = torch.randn(4096, 4096, device=device, dtype=amp)
+        x, mask = model.normalise(normal), synthetic_lesion_mask(normal, generator)[1]
+        abnormal = abnormal_tokens(mask, args.patch_size)
+        a = torch.randn(4096, 4096, device=device, dtype=trainer.amp)
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
             backbone()
-        parts = {"decode": lambda: list(pool.map(read_image, paths, [size] * len(paths))),
+        parts = {"decode": lambda: list(pool.map(read_image, paths, [size] * n)),
                  "cached read": lambda: to_device(images[rows], device),
                  "lesion mask": lambda: synthetic_lesion_mask(normal, generator),
                  "bare backbone": backbone,
                  "full step": lambda: trainer.step(images, rows, 10, 10, 100),
                  "matrix product": lambda: a @ a}
-        seconds = {name: [] for name in parts}
-        for _ in tqdm(range(rounds + 2), "bench"):
-            for name, part in parts.items():
-                start = time.perf_counter()
-                part()
-                torch.zeros(1, device=device).item()                   # waits for the device
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: float(np.median(each[2:])) for name, each in seconds.items()}
-    for name, count in zip(parts, (len(paths), n, n, n, n)):
-        each = median[name] / count
-        print(f"{name:26} {1e3 * each:10.3f} ms an image {1 / each:10.1f} images/s")
-    ratio = np.median(np.divide(seconds["full step"], seconds["bare backbone"])[2:])
+        turns = [[seconds(part) for part in parts.values()]
+                 for _ in tqdm(range(rounds + 2), "bench")]
+    median = dict(zip(parts, np.median(turns[2:], 0)))
+    limit = 2 * len(a) ** 3 / median.pop("matrix product") / 1e9
     speed = flops.get_total_flops() / median["bare backbone"] / 1e9
-    limit = 2 * len(a) ** 3 / median["matrix product"] / 1e9
+    for name, each in median.items():
+        print(f"{name:14} {1e3 * each / n:10.3f} ms an image {n / each:10.1f} images/s")
+    print(f"full step / bare backbone: {median['full step'] / median['bare backbone']:.3f}")
+    print(f"bare backbone: {speed:.0f} GFLOP/s, {speed / limit:.2f} of a large matrix product's")
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
         import resource                                                # not there on Windows
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory: {memory / 2 ** 30:.2f} GiB")
+    normals = sum(not record["findings"] for record in records) if args.data else 1000
     hours = args.epochs * normals * median["full step"] / n / 3600
-    print(f"{'full step / bare backbone':26} {ratio:10.3f}\n"
-          f"{'bare backbone':26} {speed:10.0f} GFLOP/s\n"
-          f"{'large matrix product':26} {limit:10.0f} GFLOP/s, of which the backbone reaches "
-          f"{speed / limit:.2f}\n"
-          f"{'peak memory':26} {memory / 2 ** 30:10.2f} GiB\n"
-          f"{normals} images x {args.epochs} epochs on one such device: {hours:.2f} hours")
+    print(f"{normals} images x {args.epochs} epochs on one such device: {hours:.2f} hours")
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
@@ -1202,20 +1093,17 @@ def linear_probe(train_x, train_y, test_x, penalty=10.0):
     weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
     return ((test_x - mean) / std @ weight + y.mean(0)).numpy()
 
-def finetune(model, data, rows, device, steps=300, batch_size=32, lr=1e-3):
+def finetune(model, data, rows, device, steps=100, batch_size=32, lr=1e-3):
     """Trains a copy of the teacher's encoder, and a linear layer on its mean token, on labels [P].
 
     rows are those of data that it may see. Returns scores (T, F) of the test images. Steps, batch
-    and rate are ours [D], and the same for any number of rows and any encoder.
+    and rate are ours [D], whatever the rows and the encoder.
     """
     torch.manual_seed(0)
-    encoder = copy.deepcopy(model.teacher.encoder).train()
-    for block in encoder.blocks:
-        block.requires_grad_()
+    random, encoder = np.random.default_rng(0), copy.deepcopy(model.teacher.encoder)
     layer = nn.Linear(encoder.pos_embed.shape[2], len(data.findings)).to(device)
-    trained = [*encoder.blocks.parameters(), *layer.parameters()]
+    trained = [*encoder.blocks.requires_grad_().parameters(), *layer.parameters()]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
-    random = np.random.default_rng(0)
 
     def predict(images):
         return layer(encoder(model.normalise(images))[:, 1:].mean(1))          # (B, F)
@@ -1223,10 +1111,9 @@ def finetune(model, data, rows, device, steps=300, batch_size=32, lr=1e-3):
     for step in range(steps):
         chosen = random.choice(rows, batch_size)
         truth = torch.from_numpy(data.labels[chosen]).to(device, torch.float)
-        loss = F.binary_cross_entropy_with_logits(
-            predict(to_device(data.images[chosen], device)), truth)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(lr, 0.0, step / steps) * min(1, (step + 1) / 30)
+        scores = predict(to_device(data.images[chosen], device))
+        loss = F.binary_cross_entropy_with_logits(scores, truth)
+        optimizer.param_groups[0]["lr"] = cosine(lr, 0.0, step / steps) * min(1, (step + 1) / 10)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1234,11 +1121,11 @@ def finetune(model, data, rows, device, steps=300, batch_size=32, lr=1e-3):
         return in_batches(predict, data.images, data.test, device).cpu().numpy()
 
 def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
-    """AUROC after learning from a fraction of the training labels: macro, its interval, by finding.
+    """AUROC after learning from a fraction of the training labels: a mean over draws of it.
 
-    predict takes the rows of data to learn from and scores the test images (T, F). A mean over
-    draws of the fraction; a bootstrap over test images and draws. Returns the report and the
-    bootstrap's macro AUROCs: two models see the same draws and samples, and can be paired.
+    predict takes the rows of data to learn from and scores the test images (T, F). Returns the
+    report and the macro AUROCs of a bootstrap over test images and draws: two models see the same
+    ones, and can be paired.
     """
     random, truth, scores = np.random.default_rng(0), data.labels[data.test], []
     for _ in range(draws if fraction < 1 else 1):
@@ -1247,9 +1134,8 @@ def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
         scores[-1][:, data.labels[rows].all(0) | ~data.labels[rows].any(0)] = math.nan
 
     def by_finding(draws, rows):
-        areas = [[auroc(scores[draw][rows, i], truth[rows, i]) for i in range(truth.shape[1])]
-                 for draw in draws]
-        return np.nanmean(areas, 0)
+        return np.nanmean([list(map(auroc, scores[draw][rows].T, truth[rows].T))
+                           for draw in draws], 0)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                # a mean of nothing is NaN
@@ -1267,13 +1153,11 @@ def grad_cam(model, weight, images):
     weight (D,), images (B, 1, S, S) -> (B, L): the sum of the channels, each with its mean
     gradient as its weight, before the negative part is cut.
     """
-    encoder = model.teacher.encoder
-    with torch.enable_grad():
-        kept, x = [], model.normalise(images).requires_grad_()
-        hook = encoder.blocks[-1].register_forward_hook(lambda *call: kept.append(call[2]))
-        score = encoder(x)[:, 1:].mean(1) @ weight
-        hook.remove()
-        gradient = torch.autograd.grad(score.sum(), kept)[0][:, 1:]            # (B, L, D)
+    encoder, kept = model.teacher.encoder, []
+    with torch.enable_grad(), encoder.blocks.register_forward_hook(
+            lambda blocks, inputs, output: kept.append(output.requires_grad_())):
+        score = encoder(model.normalise(images))[:, 1:].mean(1) @ weight       # (B,)
+    gradient = torch.autograd.grad(score.sum(), kept)[0][:, 1:]                # (B, L, D)
     return (gradient.mean(1, keepdim=True) * kept[0][:, 1:]).sum(2).detach()
 
 def probe_maps(model, features, data, images):
@@ -1292,28 +1176,24 @@ def probe_maps(model, features, data, images):
     return enlarge((grad_cam(model, weight, images) - usual).clamp_min(0), images.shape[-1])
 
 def evaluate_localisation(maps, masks, resamples=1000):
-    """Do maps {score: (n, S, S)} point at the findings in masks (n, S, S), image by image?
+    """How well maps (n, S, S) of a score point at the findings in masks (n, S, S) bool.
 
     pointing: is the map's maximum on a finding? auroc and dice: of the pixels of one image. Each
     is a mean over images, with a bootstrap interval over them.
     """
-    report = {}
-    for name, each in maps.items():
-        best = each.reshape(len(each), -1).argmax(1)
-        found = [detection(a.ravel(), m.ravel()) for a, m in zip(each, masks)]
-        values = {"pointing": np.take_along_axis(masks.reshape(len(masks), -1), best[:, None], 1),
-                  "auroc": [image["auroc"] for image in found],
-                  "dice": [image["dice"] for image in found]}
-        report[name] = {"images": len(masks)}
-        for measure, value in values.items():
-            value = np.asarray(value, float).ravel()
-            draws = np.random.default_rng(0).choice(value, (resamples, len(value))).mean(1)
-            report[name][measure] = {"mean": float(value.mean()),
-                                     "ci95": np.quantile(draws, [0.025, 0.975]).tolist()}
+    report = {"images": len(masks)}
+    found = [{**detection(scores.ravel(), mask.ravel()), "pointing": mask.flat[scores.argmax()]}
+             for scores, mask in zip(maps, masks)]
+    for measure in "pointing", "auroc", "dice":
+        values = np.array([image[measure] for image in found], float)
+        draws = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
+        report[measure] = {"mean": float(values.mean()),
+                           "ci95": np.quantile(draws, [0.025, 0.975]).tolist()}
     return report
 
 def silhouette(points, cluster):
-    """Mean silhouette (Rousseeuw, 1987): points (N, D), cluster (N,) integers -> -1 to 1."""
+    """Mean silhouette (Rousseeuw, 1987): points (..., D), cluster (...) integers -> -1 to 1."""
+    points, cluster = points.flatten(0, -2), cluster.flatten().long()  # (N, D), (N,)
     member = F.one_hot(cluster).to(points.dtype)                       # (N, clusters)
     size = member.sum(0)
     mean = torch.cdist(points, points) @ member / size                 # distance to each cluster
@@ -1326,10 +1206,9 @@ def restoration_error(model, images):
     """Four masks in turn hide one token of every 2 x 2: (B, 1, S, S) -> mean square (B, L)."""
     x = model.normalise(images)
     tokens, error = model.student.encoder(x), 0                                # (B, 1 + L, D)
-    place = torch.arange(tokens.shape[1] - 1, device=x.device)                 # (L,)
-    side = math.isqrt(len(place))
+    odd = torch.arange(math.isqrt(tokens.shape[1] - 1), device=x.device) % 2   # (side,)
     for turn in range(4):
-        hidden = 2 * (place // side % 2) + place % side % 2 == turn            # (L,)
+        hidden = (2 * odd.unsqueeze(1) + odd == turn).flatten()                # (L,)
         restored = model.decoder(tokens, hidden.expand(len(x), -1))            # (B, 3, S, S)
         error = error + hidden * patchify((restored - x) ** 2, model.patch_size).mean(2)
     return error
@@ -1350,18 +1229,20 @@ def anomaly_maps(model, normals, images, shrinkage=0.1):
     spread = covariance.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) + 1e-6
     eye = torch.eye(covariance.shape[1], device=covariance.device)
     precision = torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * spread * eye)
-    maps = {"restoration": [], "prototype": [], "position": [], "neighbours": []}
-    for batch in images.split(64):
-        tokens = model.features(batch)                                         # (B, L, D)
+
+    def scores(images):
+        tokens = model.features(images)                                        # (B, L, D)
         logits, off = model.teacher.head(tokens), tokens - mean
         distance = torch.cdist(tokens.transpose(0, 1), normals)                # (L, B, N)
         nearest = distance.topk(min(5, normals.shape[1]), largest=False).values
-        for name, each in zip(maps, (
-                restoration_error(model, batch),
-                1 - F.cosine_similarity(logits, model.prototypes.prototypes, dim=2),
-                torch.einsum("bld,lde,ble->bl", off, precision, off), nearest.mean(2).T)):
-            maps[name].append(each)                                            # (B, L)
-    return {name: enlarge(torch.cat(each), images.shape[-1]) for name, each in maps.items()}
+        return torch.stack([
+            restoration_error(model, images),
+            1 - F.cosine_similarity(logits, model.prototypes.prototypes, dim=2),
+            torch.einsum("bld,lde,ble->bl", off, precision, off), nearest.mean(2).T])
+
+    found = torch.cat([scores(batch) for batch in images.split(64)], 1)        # (4, n, L)
+    return {name: enlarge(each, images.shape[-1]) for name, each in zip(
+        ("restoration", "prototype", "position", "neighbours"), found)}
 
 def enlarge(tokens, size):
     """A number for each token, drawn over the image: (n, L) -> (n, size, size) array."""
@@ -1373,24 +1254,19 @@ def image_scores(maps):
     ranked = np.sort(maps.reshape(len(maps), -1))
     return ranked[:, 3 * ranked.shape[1] // 4:].mean(1)
 
-def evaluate_anomaly(maps, abnormal, masks, located):
-    """Detection of images and of pixels, for each score of the maps (n, S, S).
+def evaluate_anomaly(maps, abnormal, masks):
+    """How well maps (n, S, S) of a score detect abnormal images (n,) and pixels, masks (n, S, S).
 
-    abnormal (n,) bool, masks (n, S, S) bool, located (n,) bool: is the mask known? The others
-    count as images only.
+    An abnormal image whose mask is empty counts as an image only.
     """
-    report, random = {}, np.random.default_rng(0)
-    samples = random.integers(len(maps["position"]), size=(200, len(maps["position"])))
-    for name, each in maps.items():
-        scores = image_scores(each)
-        image = detection(scores, abnormal)
-        pixel = detection(each[located].ravel(), masks[located].ravel())
-        areas = [auroc(scores[rows], abnormal[rows]) for rows in samples]
-        report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"],
-                        "image_ci95": np.nanquantile(areas, [0.025, 0.975]).tolist(),
-                        "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
-                        "dice": pixel["dice"]}
-    return report
+    scores, located = image_scores(maps), ~abnormal | masks.any((1, 2))
+    samples = np.random.default_rng(0).integers(len(masks), size=(200, len(masks)))
+    areas = [auroc(scores[rows], abnormal[rows]) for rows in samples]
+    image = detection(scores, abnormal)
+    pixel = detection(maps[located].ravel(), masks[located].ravel())
+    return {"image_auroc": image["auroc"], "image_ap": image["ap"],
+            "image_ci95": np.nanquantile(areas, [0.025, 0.975]).tolist(),
+            "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"], "dice": pixel["dice"]}
 
 def in_batches(function, images, rows, device):
     """function of images[rows] on the device, 64 at a time: (n, ...)."""
@@ -1398,132 +1274,106 @@ def in_batches(function, images, rows, device):
     return torch.cat([function(to_device(images[part], device)) for part in parts])
 
 def rank_images(model, run, data, device, out):
-    """For images without labels: how odd does each look beside normal training images of the run?
+    """How odd images without labels look by `neighbours`: writes scores.csv, maps of the oddest.
 
-    Half of these are compared with, the other half tells which scores are usual. Writes scores.csv
-    and the map of the first eight, by the score `neighbours`.
+    They are compared with half of the run's normal training images; the other half tells what
+    scores are usual.
     """
-    normals = np.random.default_rng(0).permutation(run.train[~run.labels[run.train].any(1)])
-    tokens = in_batches(model.features, run.images, normals[:1000:2], device)
+    normals = np.random.default_rng(0).permutation(run.train[~run.labels[run.train].any(1)])[:1000]
+    tokens = in_batches(model.features, run.images, normals[::2], device)      # (N, L, D)
 
-    def score(x):
-        return torch.from_numpy(image_scores(anomaly_maps(model, tokens, x)["neighbours"]))
+    def score(images):
+        return torch.from_numpy(image_scores(anomaly_maps(model, tokens, images)["neighbours"]))
 
-    usual = in_batches(score, run.images, normals[1:1000:2], device)
+    usual = in_batches(score, run.images, normals[1::2], device)
     rows = np.union1d(data.train, data.test)
     scores = in_batches(score, data.images, rows, device)
     order = scores.argsort(descending=True).numpy()
+    table = [(data.records[rows[i]]["name"], f"{scores[i]:.4f}",
+              f"{100 * (usual < scores[i]).double().mean():.1f}") for i in order]
     with open(out / "scores.csv", "w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(["image", "score", "percentile"])
-        table.writerows([data.records[rows[i]]["name"], f"{scores[i]:.4f}",
-                         f"{100 * (usual < scores[i]).double().mean():.1f}"] for i in order)
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerows([("image", "score", "percentile"), *table])
     first = to_device(data.images[rows[order[:8]]], device)
-    maps = anomaly_maps(model, tokens, first)["neighbours"]
-    plot_images(out / "highest.png", {"image": (first[:, 0].cpu().numpy(), "gray"),
-                                      "neighbours": (maps, "magma")})
+    maps = anomaly_maps(model, tokens, first)
+    plot_images(out / "highest.png", {"image": first}, {"neighbours": maps["neighbours"]})
     print(f"no labels in --data: scores of {len(rows)} images, the oddest first, and percentiles "
           f"among {len(usual)} normal training images, in {out}: scores.csv, highest.png")
 
-def evaluate(args):
-    """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
-    given = dict(vars(args))
-    ckpt = Path(given.get("ckpt") or max(
-        Path("runs").glob("*/checkpoint.pth"), default="runs/*/checkpoint.pth",
-        key=lambda file: file.stat().st_mtime))
+def open_run(args):
+    """The run of --ckpt: -> options of eval, completed by the run's; the run's; its weights."""
+    ckpt = Path(args.ckpt or max(Path("runs").glob("*/checkpoint.pth"), key=os.path.getmtime,
+                                 default="runs/*/checkpoint.pth"))
     ckpt = ckpt / "checkpoint.pth" if ckpt.is_dir() else ckpt
-    if not ckpt.is_file():
-        raise InputError(f"there is no {ckpt}: make one with `python afire.py pretrain`, or "
-                         "name one with --ckpt")
-    checkpoint, out = read_checkpoint(ckpt), Path(given.pop("out", ckpt.parent / "eval"))
+    checkpoint = read_checkpoint(ckpt) if ckpt.is_file() else {}
     if "config" not in checkpoint:
-        raise InputError(f"{ckpt} is not a checkpoint of `pretrain`: name its checkpoint.pth")
-    moved = {"root": None, "labels": None} if "data" in given else {}
-    trained = {**checkpoint["config"], "out": str(ckpt.parent)}
-    args = argparse.Namespace(**{"boxes": None, **trained, **moved, **given})
-    data, device, random = load_radiographs(args), args.device, np.random.default_rng(0)
-    out.mkdir(parents=True, exist_ok=True)
-    if "data" in given and not data.findings:
-        run = load_radiographs(argparse.Namespace(**trained))
-        model = build_model(args).to(device).eval()
-        model.load_state_dict(checkpoint["model"])
-        return rank_images(model, run, data, device, out)
-    if args.boxes and args.data:
-        read_boxes(args.boxes, data)
-    normal = ~data.labels.any(1)
+        raise InputError(f"{ckpt} is no checkpoint of a run: make one with `python afire.py "
+                         "pretrain`, or name one with --ckpt")
+    run = {**checkpoint["config"], "out": str(ckpt.parent)}
+    moved = {"root": None, "labels": None} if args.data else {}
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    options = argparse.Namespace(**{**run, **moved, **given})
+    return options, argparse.Namespace(**run), checkpoint["model"]
+
+def choose_images(data, device):
+    """-> rows of normal images to fit on, the sets to test on, and pairs: 24 x, their x' and M.
+
+    A set is images (n, 1, S, S), which are abnormal (n,) and where (n, S, S): real ones, of which
+    those with a mask come first, or the normal ones of these without and with synthetic lesions.
+    """
+    random, normal = np.random.default_rng(0), ~data.labels.any(1)
     fit = random.permutation(data.train[normal[data.train]])[:1000]    # so many are enough
-    test = random.permutation(data.test)
-    test = test[np.argsort(["mask" not in data.records[row] for row in test], kind="stable")]
-    rows = np.sort(np.concatenate([test[normal[test]][:500], test[~normal[test]][:500]]))
+    test = sorted(random.permutation(data.test), key=lambda row: "mask" not in data.records[row])
+    rows = sorted([row for row in test if normal[row]][:500]
+                  + [row for row in test if not normal[row]][:500])
     if min(len(fit), normal[rows].sum()) < 2:
-        raise InputError(f"--data {args.data} has too few images without findings, to fit on or to "
-                         "test on: add some, or change --test-fraction")
-
-    images = to_device(data.images[rows], device)                              # (n, 1, S, S)
-    nowhere = np.zeros(images.shape[2:], bool)
+        raise InputError("--data has too few images without findings, to fit on or to test on: add "
+                         "some, or change --test-fraction")
+    nowhere = np.zeros(data.images.shape[2:], bool)
     masks = np.stack([data.records[row].get("mask", nowhere) for row in rows])
+    images = to_device(data.images[rows], device)
     healthy = images[normal[rows]]
-    lesioned, lesions = synthetic_lesion_mask(healthy, torch.Generator().manual_seed(0))
-    lesions = torch.cat([torch.zeros_like(lesions), lesions]).squeeze(1).cpu().numpy() > 0
-    sets = {"anomaly": (images, ~normal[rows], masks, normal[rows] | masks.any((1, 2))),
-            "synthetic": (torch.cat([healthy, lesioned]), lesions.any((1, 2)), lesions,
-                          np.ones(len(lesions), bool))}
-    report, samples, maps, tokens = {}, {}, {}, {}
-    for name in "random_init", "checkpoint":
-        model = build_model(args).to(device).eval()
-        if name == "checkpoint":
-            model.load_state_dict(checkpoint["model"])
-        features = in_batches(lambda x: model.features(x).mean(1), data.images,
-                              np.arange(len(normal)), device).cpu()            # (n, D)
-        normals = in_batches(model.features, data.images, fit, device)         # (N, L, D)
-        if name == "random_init":                 # its prototypes: the mean over normal images
-            model.prototypes.update(model.teacher.head(normals))
-        tokens[name] = model.features(healthy[:24]).cpu()                      # (24, L, D)
+    lesioned, mask = synthetic_lesion_mask(healthy, torch.Generator().manual_seed(0))
+    lesions = torch.cat([torch.zeros_like(mask), mask]).squeeze(1).cpu().numpy() > 0
+    sets = {"anomaly": (images, ~normal[rows], masks),
+            "synthetic": (torch.cat([healthy, lesioned]), lesions.any((1, 2)), lesions)}
+    return fit, sets, (healthy[:24], lesioned[:24], mask[:24])
 
-        def probe(rows):
-            return linear_probe(features[rows], data.labels[rows], features[data.test])
-
-        def tune(rows):
-            return finetune(model, data, rows, device)
-
-        ways = {"linear": (probe, 5), **({"finetune": (tune, 3)} if args.finetune else {})}
-        report[name] = {way: {} for way in ways}
-        for way, (predict, draws) in ways.items():
-            for percent in 1, 10, 100:
-                report[name][way][f"{percent}%"], samples[f"{name} {way} {percent}%"] = (
-                    evaluate_labels(predict, data, percent / 100, draws))
-        for kind, (tested, *truth) in sets.items():
-            maps[kind] = anomaly_maps(model, normals, tested)
-            report[name][kind] = evaluate_anomaly(maps[kind], *truth)
-        report[name]["cohesion"] = silhouette(
-            tokens[name].flatten(0, 1), torch.arange(normals.shape[1]).repeat(len(tokens[name])))
-        odd = abnormal_tokens(torch.from_numpy(lesions[len(healthy):, None][:24]), args.patch_size)
-        off = (model.features(lesioned[:24]) - normals.mean(0)).cpu()          # (24, L, D)
-        report[name]["cohesion_by_category"] = silhouette(off.flatten(0, 1), odd.flatten().long())
-        located = np.flatnonzero(masks.any((1, 2)))
-        if len(located):
-            found = {score: each[located] for score, each in maps["anomaly"].items()}
-            found["grad-cam"] = probe_maps(model, features, data, images[located])
-            report[name]["localisation"] = evaluate_localisation(found, masks[located])
-    report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
-    (out / "metrics.json").write_text(json.dumps(report, indent=2))
-    (out / "samples.json").write_text(json.dumps(samples))
-    print(f"{'':44} checkpoint  untrained")
-    print_report("", report["checkpoint"], report["random_init"])
-    for way in ways:
+def evaluate_model(model, data, fit, sets, pairs, options):
+    """All figures of one model: -> report, bootstrap samples, maps of each set, for plot_tokens."""
+    device, everything = options.device, np.arange(len(data.images))
+    features = in_batches(lambda x: model.features(x).mean(1), data.images, everything, device)
+    features = features.cpu()                                                  # (n, D)
+    normals = in_batches(model.features, data.images, fit, device)             # (N, L, D)
+    if not model.prototypes.updates:              # untrained: the mean over normal images
+        model.prototypes.update(model.teacher.head(normals))
+    ways = {"linear": (5, lambda rows: linear_probe(
+        features[rows], data.labels[rows], features[data.test]))}
+    if options.finetune:
+        ways["finetune"] = 3, lambda rows: finetune(model, data, rows, device)
+    report, samples, maps = {way: {} for way in ways}, {}, {}
+    for way, (draws, predict) in ways.items():
         for percent in 1, 10, 100:
-            gain = np.subtract(*[samples[f"{name} {way} {percent}%"] for name in reversed(report)])
-            low, high = np.nanquantile(gain, [0.025, 0.975])
-            print(f"{f'{way} {percent}% gain, in pairs':44} {np.nanmean(gain):10.3f}"
-                  f"              [{low:.3f}, {high:.3f}]")
-    kind = "anomaly" if masks.any() else "synthetic"
-    shown, _, truth, _ = sets[kind]
-    five = np.flatnonzero(truth.any((1, 2)))[:5]
-    plot_images(out / "anomaly.png", {
-        "truth": (shown[five, 0].cpu().numpy(), "gray"),
-        **{title: (each[five], "magma") for title, each in maps[kind].items()}}, truth[five])
-    plot_tokens(tokens, out / "tokens.png")
-    print(f"in {out}: metrics.json, anomaly.png, tokens.png")
+            report[way][f"{percent}%"], samples[f"{way} {percent}%"] = evaluate_labels(
+                predict, data, percent / 100, draws)
+    for kind, (images, *truth) in sets.items():
+        maps[kind] = anomaly_maps(model, normals, images)
+        report[kind] = {score: evaluate_anomaly(each, *truth)
+                        for score, each in maps[kind].items()}
+
+    healthy, lesioned, mask = pairs
+    tokens, abnormal = model.features(healthy).cpu(), abnormal_tokens(mask, model.patch_size).cpu()
+    off = (model.features(lesioned) - normals.mean(0)).cpu()                   # (24, L, D)
+    report["cohesion"] = silhouette(tokens, torch.arange(len(off[0])).expand(len(tokens), -1))
+    report["cohesion_by_category"] = silhouette(off, abnormal)
+    images, _, masks = sets["anomaly"]
+    located = masks.any((1, 2))
+    if located.any():
+        found = {score: each[located] for score, each in maps["anomaly"].items()}
+        found["grad-cam"] = probe_maps(model, features, data, images[located])
+        report["localisation"] = {score: evaluate_localisation(each, masks[located])
+                                  for score, each in found.items()}
+    return report, samples, maps, (tokens, off, abnormal)
 
 def print_report(prefix, report, untrained):
     """A line for each figure, with its 95 % interval where there is one."""
@@ -1534,18 +1384,66 @@ def print_report(prefix, report, untrained):
             interval = "  [{:.3f}, {:.3f}]".format(*report["ci95"]) if "ci95" in report else ""
             print(f"{prefix + name:44} {value:10.3f} {untrained[name]:10.3f}{interval}")
 
+def write_report(report, samples, out):
+    """metrics.json, samples.json and a table; gains are in pairs of samples of the same images."""
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
+    (out / "metrics.json").write_text(json.dumps(report, indent=2))
+    (out / "samples.json").write_text(json.dumps(
+        {f"{name} {key}": each for name in samples for key, each in samples[name].items()}))
+    print(f"{'':44} checkpoint  untrained")
+    print_report("", report["checkpoint"], report["random_init"])
+    for key, each in samples["checkpoint"].items():
+        gain = np.subtract(each, samples["random_init"][key])
+        low, high = np.nanquantile(gain, [0.025, 0.975])
+        print(f"{f'{key} gain, in pairs':44} {np.nanmean(gain):10.3f}"
+              f"{'':14}[{low:.3f}, {high:.3f}]")
+
+def evaluate(args):
+    """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
+    options, run, weights = open_run(args)
+    data, device = load_radiographs(options), args.device
+    out = Path(args.results or f"{run.out}/eval")
+    out.mkdir(parents=True, exist_ok=True)
+    models = {name: build_model(options).to(device).eval()
+              for name in ("random_init", "checkpoint")}
+    models["checkpoint"].load_state_dict(weights)
+    if args.data and not data.findings:
+        return rank_images(models["checkpoint"], load_radiographs(run), data, device, out)
+    if args.boxes and options.data:
+        read_boxes(args.boxes, data)
+    fit, sets, pairs = choose_images(data, device)
+    report, samples, tokens = {}, {}, {}
+    for name, model in models.items():
+        report[name], samples[name], maps, tokens[name] = evaluate_model(
+            model, data, fit, sets, pairs, options)
+    write_report(report, samples, out)
+    kind = "anomaly" if sets["anomaly"][2].any() else "synthetic"
+    images, _, masks = sets[kind]
+    five = np.flatnonzero(masks.any((1, 2)))[:5]
+    plot_images(out / "anomaly.png", {"truth": images[five]},
+                {score: each[five] for score, each in maps[kind].items()}, masks[five])
+    plot_tokens(tokens, out / "tokens.png")
+    print(f"in {out}: metrics.json, anomaly.png, tokens.png")
+
 # ---- Figures -------------------------------------------------------------------------------------
 
-def plot_images(file, columns, outline=None):
-    """A row for each image: columns {title: ((n, S, S), colour map)}, outline (n, S, S) bool."""
-    from matplotlib.figure import Figure                               # only here: slow to import
-    n = len(next(iter(columns.values()))[0])
-    figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
-    axes = figure.subplots(n, len(columns), squeeze=False)
-    for column, (title, (images, cmap)) in enumerate(columns.items()):
-        for row, axis in enumerate(axes[:, column]):
-            axis.imshow(images[row], cmap, vmin=images.min(), vmax=images.max())
-            axis.set(xticks=[], yticks=[], title="" if row else title)
+def new_figure(width, height):
+    """An empty figure, in inches; matplotlib is imported only here, as that takes a while."""
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+def plot_images(file, images, maps, outline=None):
+    """A column for each of images and maps {title: (n, S, S) or (n, 1, S, S)}, outline on all."""
+    columns = {**images, **maps}
+    n = len(next(iter(columns.values())))
+    figure = new_figure(1.9 * len(columns), 1.9 * n + 0.3)
+    axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for column, (title, each) in zip(axes.T, columns.items()):
+        column[0].set_title(title)
+        each = torch.as_tensor(each).cpu().numpy().reshape(n, *each.shape[-2:])
+        for row, axis in enumerate(column):
+            axis.imshow(each[row], "magma" if title in maps else "gray",
+                        vmin=each.min(), vmax=each.max())
             if outline is not None:
                 axis.contour(outline[row], [0.5], colors="cyan", linewidths=0.8)
     figure.savefig(file, dpi=100)
@@ -1557,36 +1455,40 @@ def plot_restoration(model, normal, file):
     restored = model.decoder(model.student.encoder(model.normalise(lesioned)),
                              abnormal_tokens(mask, model.patch_size))
     restored = (restored * model.std + model.mean).mean(1, keepdim=True).clamp(0, 1)
-    panels = {"x": normal, "x' = x + lesions": lesioned, "restored": restored, "mask M": mask}
-    plot_images(file, {title: (each[:, 0].cpu().numpy(), "magma" if each is mask else "gray")
-                       for title, each in panels.items()})
+    plot_images(file, {"x": normal, "x' = x + lesions": lesioned, "restored": restored},
+                {"mask M": mask})
 
 def plot_losses(history, file):
     """The losses over the epochs, from the lines of log.jsonl."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    figure = new_figure(9, 2.5)
     for axis, name in zip(figure.subplots(1, 3), ("structure", "category", "restoration")):
         axis.plot([record["epoch"] for record in history], [record[name] for record in history])
         axis.set(title=name, xlabel="epoch", ylim=(0, None))
     figure.savefig(file, dpi=100)
 
 def plot_tokens(tokens, file):
-    """Tokens {title: (B, L, D)} on two principal components, in the colour of their position."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(tokens))
-    side = math.isqrt(next(iter(tokens.values())).shape[1])
+    """Tokens of each model on two principal components, by position and by class [P: Fig. 5].
+
+    tokens {title: (those of normal images (B, L, D), those of lesioned images less the mean of
+    their position (B, L, D), abnormal (B, L) bool)}.
+    """
+    figure, side = new_figure(9, 6), math.isqrt(next(iter(tokens.values()))[0].shape[1])
+    axes = figure.subplots(2, 1 + len(tokens), subplot_kw={"xticks": [], "yticks": []})
     y, x = np.mgrid[0:1:1j * side, 0:1:1j * side]
     colour = np.stack([x, y, 1 - x], 2)                                        # (side, side, 3)
-    first.imshow(colour)
-    first.set_title("position")
-    for axis, (title, each) in zip(others, tokens.items()):
-        points = each.flatten(0, 1) - each.mean((0, 1))                        # (B * L, D)
-        plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
-        axis.scatter(*plane.T, s=2, c=np.tile(colour.reshape(-1, 3), (len(each), 1)))
-        axis.set_title(title)
-    for axis in first, *others:
-        axis.set(xticks=[], yticks=[])
+    axes[0, 0].imshow(colour)
+    axes[0, 0].set_title("position")
+    for name, each in ("normal", "silver"), ("abnormal", "crimson"):
+        axes[1, 0].scatter([], [], c=each, label=name)
+    axes[1, 0].legend(title="class", loc="center", frameon=False)
+    for (above, below), (title, (healthy, lesioned, abnormal)) in zip(axes[:, 1:].T, tokens.items()):
+        above.set_title(title)
+        for axis, each, colours in (
+                (above, healthy, np.tile(colour.reshape(-1, 3), (len(healthy), 1))),
+                (below, lesioned, np.where(abnormal.flatten(), "crimson", "silver"))):
+            points = each.flatten(0, 1) - each.mean((0, 1))                    # (B * L, D)
+            plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
+            axis.scatter(*plane.T, s=2, c=colours)
     figure.savefig(file, dpi=100)
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1601,9 +1503,14 @@ def find_device(name):
         raise argparse.ArgumentTypeError(f"{name} is not to be had here") from error
 
 def parse_arguments(argv=None):
-    """Every option is declared once; those that a preset sets, with the value in each preset."""
+    """Every option is declared once, most in a table: help, and one default or one a preset."""
     presets = "phantoms", "small", "paper"
-    by_preset = {
+    options = {
+        "out": ("folder of the run; one that is there is gone on with", "runs/afire"),
+        "test-fraction": ("of patients to hold out, if --data has no folders train and test", 0.2),
+        "save-every": ("minutes between checkpoints, of which the end of an epoch is one", 30.0),
+        "grad-accum": ("parts of a batch, to save memory; the losses see one at a time", 1),
+        "augment": ("what makes x' of x: lesions, or to compare a random affine crop", "lesion"),
         "arch": ("encoder", "vit_micro", "vit_micro", "vit_base"),
         "img-size": ("side of the square that images are squashed to, in pixels", 64, 64, 224),
         "patch-size": ("side of a token's patch, in pixels", 8, 8, 16),
@@ -1624,59 +1531,52 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"AFiRe {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    train, test = (argparse.ArgumentParser(add_help=False, argument_default=default)
-                   for default in (None, argparse.SUPPRESS))   # eval falls back on the run's
-    for add in train.add_argument, test.add_argument:
-        add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms)")
-        add("--root", help="folder that the paths in a list start from (the list's)")
-        add("--labels", help="CSV: image, findings (a|b), and patient if you have it")
-        add("--cache", help="folder for decoded images (the run's)")
-        add("--device", type=find_device, default=best, help="cpu, cuda, cuda:1, mps (%(default)s)")
-    test.add_argument("--ckpt", help="checkpoint.pth or its folder (the last run's)")
-    test.add_argument("--out", help="folder for the results (eval, in the run's)")
-    test.add_argument("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
-    test.add_argument("--finetune", action="store_true", default=False,
-                      help="also train the whole encoder on the labels, which takes minutes")
+    both, train, test = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    add = both.add_argument
+    add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms)")
+    add("--root", help="folder that the paths in a list start from (the list's)")
+    add("--labels", help="CSV: image, findings (a|b), and patient if you have it")
+    add("--cache", help="folder for decoded images (the run's)")
+    add("--device", type=find_device, default=best, help="cpu, cuda, cuda:1, mps (%(default)s)")
+    add = test.add_argument
+    add("--ckpt", help="checkpoint.pth or its folder (the last run's)")
+    add("--out", dest="results", help="folder for the results (eval, in the run's)")
+    add("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
+    add("--finetune", action="store_true",
+        help="also train the whole encoder on the labels, which takes minutes")
     add = train.add_argument
-    add("--test-fraction", type=float, default=0.2, help="of patients to hold out where "
-        "--data has no folders train and test (%(default)s)")
-    add("--out", default="runs/afire", help="folder of the run; one that is there is gone on with "
-        "(%(default)s)")
     add("--init", help="checkpoint that the encoder starts from")
-    add("--save-every", type=float, default=30, help="minutes between checkpoints; one is also "
-        "made at the end of an epoch (%(default)s)")
-    add("--grad-accum", type=int, default=1, help="parts that a batch is worked through in, to "
-        "save memory; the losses see one part at a time (%(default)s)")
-    add("--augment", choices=["lesion", "crop"], default="lesion", help="what makes x' of x: "
-        "synthetic lesions, or for comparison a random affine crop (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--amp", choices=["none", "bf16", "fp16"], help="autocast (%(default)s)", default="none"
         if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    add("--preset", choices=presets, help="one of the three defaults of each option below: "
+    add("--preset", choices=presets, help="which of the defaults that are in threes: "
         "phantoms without --data, else paper on a CUDA GPU, small elsewhere")
-    for name, (text, *values) in by_preset.items():
-        add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}",
-            choices={"arch": ["vit_micro", "vit_tiny", "vit_small", "vit_base"],
-                     "levels": ["file", "equal"]}.get(name))
-    verbs.add_parser("pretrain", parents=[train], help="pre-train on normal radiographs")
-    verbs.add_parser("eval", parents=[test], help="evaluate a run, on its data or on --data")
-    verbs.add_parser("bench", parents=[train], help="time a pretrain with these options")
+    choices = {"arch": ["vit_micro", "vit_tiny", "vit_small", "vit_base"],
+               "levels": ["file", "equal"], "augment": ["lesion", "crop"]}
+    for name, (text, *values) in options.items():
+        add(f"--{name}", type=type(values[0]), choices=choices.get(name),
+            help=f"{text} ({', '.join(map(str, values))})")
+    verbs.add_parser("pretrain", parents=[both, train], help="pre-train on normal radiographs")
+    verbs.add_parser("eval", parents=[both, test], help="evaluate a run, on its data or on --data")
+    verbs.add_parser("bench", parents=[both, train], help="time a pretrain with these options")
     args = parser.parse_args(argv)
-    if args.verb != "eval":
-        args.preset = args.preset or ("phantoms" if not args.data else
-                                      "paper" if args.device.type == "cuda" else "small")
-        for name, (_, *values) in by_preset.items():
-            key, value = name.replace("-", "_"), values[presets.index(args.preset)]
-            if getattr(args, key) is None:
-                setattr(args, key, value)
-            if not isinstance(value, str) and getattr(args, key) < isinstance(value, int):
-                parser.error(f"--{name} must be at least {isinstance(value, int):d}")
-        if not 0 < args.keep <= 1:
-            parser.error(f"--keep {args.keep} is no fraction: choose above 0 and at most 1")
-        if args.img_size % args.patch_size:
-            parser.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
-                        f"{args.patch_size}: change one of them")
+    if args.verb == "eval":
+        return args
+    args.preset = args.preset or ("phantoms" if not args.data else
+                                  "paper" if args.device.type == "cuda" else "small")
+    for name, (_, *values) in options.items():
+        key, value = name.replace("-", "_"), values[presets.index(args.preset) % len(values)]
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+        least = {int: 1, float: 0, str: ""}[type(value)]
+        if getattr(args, key) < least:
+            parser.error(f"--{name} must be at least {least}")
+    if not 0 < args.keep <= 1:
+        parser.error(f"--keep {args.keep} is no fraction: choose above 0 and at most 1")
+    if args.img_size % args.patch_size:
+        parser.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
+                    f"{args.patch_size}: change one of them")
     return args
 
 def main(argv=None):

@@ -1115,8 +1115,8 @@ def test_localisation_is_perfect_worst_or_scikit_learns_by_image():
     for i in range(8):
         masks[i, i:i + 4, 3:9 + i % 3] = True
     random = np.random.default_rng(0).random((8, 16, 16))
-    found = afire.evaluate_localisation(
-        {"perfect": masks * 1.0, "worst": ~masks * 1.0, "random": random}, masks)
+    maps = {"perfect": masks * 1.0, "worst": ~masks * 1.0, "random": random}
+    found = {name: afire.evaluate_localisation(each, masks) for name, each in maps.items()}
     for name, best in ("perfect", 1), ("worst", 0):
         assert found[name]["images"] == 8
         for measure in "pointing", "auroc":
