@@ -263,7 +263,7 @@ class AnatomyHead(nn.Module):
         self.mlp.apply(init_weights)
 
     def forward(self, tokens):
-        z = F.normalize(self.mlp(tokens), dim=2)                               # (B, L, d)
+        z = F.normalize(self.mlp(tokens).float(), dim=2)   # (B, L, d), in full: no 0 / 0
         scores = torch.einsum("bld,lkd->blk", z, self.last_layers)             # (B, L, K)
         return scores / self.last_layers.norm(dim=2)       # a cosine, as weight norms are 1
 
@@ -279,8 +279,10 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
 
 def gather(x):
     """(B, ...) of each process -> (N * B, ...) of all N, with the gradient; x itself if alone."""
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return x if alone else torch.cat(torch.distributed.nn.functional.all_gather(x))
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(x))
 
 class SpatialPrototypes(nn.Module):
     """P, a prototype for each position: the running mean of the teacher's scores there [P; R]."""
@@ -436,7 +438,7 @@ def read_csv(file, columns):
     header = "".join(lines[:1])
     rows = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise InputError(f"{file} needs the columns {', '.join(columns)}, filled in every line")
+        raise InputError(f"{file} needs the columns {', '.join(columns)} in every line")
     return rows
 
 def read_list(file):
@@ -480,7 +482,7 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
                                  if not is_normal(each)}} for record, row in told if row]
         print(f"{labels} tells of {len(records)} of {len(told)} images; the others are left out")
     if not records:
-        raise InputError(f"--data {data} is no folder or list of PNG, JPEG, BMP, TIFF or DICOM"
+        raise InputError(f"--data {data}: no folder or list of PNG, JPEG, BMP, TIFF or DICOM files"
                          + (f" that {labels} tells of" if labels else ""))
     dicom = any(record["path"].suffix.lower() == ".dcm" for record in records)
     if dicom and not importlib.util.find_spec("pydicom"):
@@ -1096,8 +1098,7 @@ def linear_probe(train_x, train_y, test_x, penalty=10.0):
 def finetune(model, data, rows, device, steps=100, batch_size=32, lr=1e-3):
     """Trains a copy of the teacher's encoder, and a linear layer on its mean token, on labels [P].
 
-    rows are those of data that it may see. Returns scores (T, F) of the test images. Steps, batch
-    and rate are ours [D], whatever the rows and the encoder.
+    It sees these rows of data. Returns scores (T, F) of the test images. The recipe is ours [D].
     """
     torch.manual_seed(0)
     random, encoder = np.random.default_rng(0), copy.deepcopy(model.teacher.encoder)
@@ -1123,9 +1124,8 @@ def finetune(model, data, rows, device, steps=100, batch_size=32, lr=1e-3):
 def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
     """AUROC after learning from a fraction of the training labels: a mean over draws of it.
 
-    predict takes the rows of data to learn from and scores the test images (T, F). Returns the
-    report and the macro AUROCs of a bootstrap over test images and draws: two models see the same
-    ones, and can be paired.
+    predict takes rows of data to learn from and scores the test images (T, F). Returns a report,
+    and macro AUROCs of bootstrap samples of draws and test images, the same ones for two models.
     """
     random, truth, scores = np.random.default_rng(0), data.labels[data.test], []
     for _ in range(draws if fraction < 1 else 1):
@@ -1148,10 +1148,9 @@ def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
                 "per_finding": dict(zip(data.findings, each.tolist()))}, samples
 
 def grad_cam(model, weight, images):
-    """Token-wise Grad-CAM on the last block [P], of a score that is linear in the mean token.
+    """Token-wise Grad-CAM on the last block [P], before its negative part is cut.
 
-    weight (D,), images (B, 1, S, S) -> (B, L): the sum of the channels, each with its mean
-    gradient as its weight, before the negative part is cut.
+    The score is the mean token times weight (D,): images (B, 1, S, S) -> (B, L).
     """
     encoder, kept = model.teacher.encoder, []
     with torch.enable_grad(), encoder.blocks.register_forward_hook(
@@ -1178,8 +1177,7 @@ def probe_maps(model, features, data, images):
 def evaluate_localisation(maps, masks, resamples=1000):
     """How well maps (n, S, S) of a score point at the findings in masks (n, S, S) bool.
 
-    pointing: is the map's maximum on a finding? auroc and dice: of the pixels of one image. Each
-    is a mean over images, with a bootstrap interval over them.
+    pointing: is the maximum on a finding? Each figure is a mean over images, with an interval.
     """
     report = {"images": len(masks)}
     found = [{**detection(scores.ravel(), mask.ravel()), "pointing": mask.flat[scores.argmax()]}
@@ -1276,8 +1274,7 @@ def in_batches(function, images, rows, device):
 def rank_images(model, run, data, device, out):
     """How odd images without labels look by `neighbours`: writes scores.csv, maps of the oddest.
 
-    They are compared with half of the run's normal training images; the other half tells what
-    scores are usual.
+    They are compared with half of the run's normal images, and ranked among the other half.
     """
     normals = np.random.default_rng(0).permutation(run.train[~run.labels[run.train].any(1)])[:1000]
     tokens = in_batches(model.features, run.images, normals[::2], device)      # (N, L, D)
@@ -1481,11 +1478,12 @@ def plot_tokens(tokens, file):
     for name, each in ("normal", "silver"), ("abnormal", "crimson"):
         axes[1, 0].scatter([], [], c=each, label=name)
     axes[1, 0].legend(title="class", loc="center", frameon=False)
-    for (above, below), (title, (healthy, lesioned, abnormal)) in zip(axes[:, 1:].T, tokens.items()):
-        above.set_title(title)
-        for axis, each, colours in (
-                (above, healthy, np.tile(colour.reshape(-1, 3), (len(healthy), 1))),
-                (below, lesioned, np.where(abnormal.flatten(), "crimson", "silver"))):
+    for column, title in zip(axes[:, 1:].T, tokens):
+        healthy, lesioned, abnormal = tokens[title]
+        column[0].set_title(title)
+        for axis, each, colours in zip(column, (healthy, lesioned), (
+                np.tile(colour.reshape(-1, 3), (len(healthy), 1)),
+                np.where(abnormal.flatten(), "crimson", "silver"))):
             points = each.flatten(0, 1) - each.mean((0, 1))                    # (B * L, D)
             plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
             axis.scatter(*plane.T, s=2, c=colours)
