@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -1576,3 +1577,12 @@ def test_a_mistake_in_the_shell_leaves_no_traceback(tmp_path):
     done = shell("pretrain", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_the_readme_names_the_lines_where_things_are():
+    readme = Path(afire.__file__).with_name("README.md").read_text(encoding="utf-8")
+    lines = Path(afire.__file__).read_text(encoding="utf-8").splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(afire\.py#L(\d+)\)", readme)
+    assert len(links) > 15
+    for name, line in links:
+        assert re.match(rf"(def|class) {name}\b", lines[int(line) - 1]), name
