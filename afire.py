@@ -218,7 +218,7 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x, seen=None):
-        """seen (B, L) bool, equally many an image: as in MAE, only these; the others give 0."""
+        """seen (B, L) bool, equally many an image: what is encoded, as in MAE; the rest gives 0."""
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                # (B, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         if seen is None:
@@ -228,7 +228,7 @@ class ViT(nn.Module):
         return few.new_zeros(x.shape).masked_scatter(seen.unsqueeze(2), few)
 
 class Decoder(nn.Module):
-    """Restores x from tokens (B, 1 + L, D), less the abnormal ones [P; R]: -> (B, C, H, W)."""
+    """Restores x from tokens (B, 1 + L, D) but those abnormal (B, L) [P; R]: -> (B, C, H, W)."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, encoder_dim=768, embed_dim=512,
                  depth=8, num_heads=16):
@@ -327,8 +327,8 @@ def category_consistency_loss(logits, prototypes, abnormal, seen=True, temperatu
     The paper only names it. Ours is InfoNCE with the prototype as the anchor, normal tokens as
     positives, abnormal ones as negatives; by their mean, chance is log 2 whatever the batch.
     Token-to-token contrast stayed at chance: at one position all logits point the same way.
-    logits (B, L, K), prototypes (L, K), abnormal and seen (B, L) bool -> scalar; unseen tokens, and
-    positions that have only one category, count for nothing.
+    logits (B, L, K), prototypes (L, K), abnormal and seen (B, L) bool -> scalar; an unseen token
+    counts for nothing, as does a position of one category.
     """
     # eps keeps the gradient at a vector of zeros within the range of half precision.
     s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
@@ -450,7 +450,8 @@ def read_list(file):
         if len(flags) != len(lines[0][1]):
             raise InputError(f"{file}: {name} has {len(flags)} labels, the first line "
                              f"{len(lines[0][1])}: give every line as many zeros and ones")
-    nih = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
+    nih = ("" if not lines or not re.search(r"\d{8}_\d{3}", lines[0][0]) else
+           "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
            "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
     return [(name, {nih[i] if len(flags) == len(nih) else f"finding_{i + 1}"
                     for i, flag in enumerate(flags) if flag == "1"}) for name, flags in lines]
@@ -533,6 +534,7 @@ def cached_images(paths, size, cache, equal=False):
     """Files decoded once, in parallel: -> (n, 1, size, size) uint8, memory-mapped; readable (n,).
 
     The cache is known by the files' names, sizes and times of change, and by the other options.
+    Several processes may fill it at once: each writes a file of its own and renames it.
     """
     facts = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
              if path.is_file() else str(path) for path in paths]
@@ -540,25 +542,29 @@ def cached_images(paths, size, cache, equal=False):
     file, status = cache / f"{key}.npy", cache / f"{key}.readable.npy"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = cache / f"{key}.{os.getpid()}.partial"
         images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 1, size, size))
 
         def decode(image, path):
             try:
                 image[0] = read_image(path, size, equal)
-                return True
-            except Exception:                     # each decoder fails in its own ways
-                return False
+            except Exception as error:            # each decoder fails in its own ways
+                return f"{type(error).__name__}: {error}"
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             done = pool.map(decode, images, paths)
-            np.save(status, list(tqdm(done, "decode", len(paths), unit="image")))
+            reasons = list(tqdm(done, "decode", len(paths), unit="image"))
         images.flush()
-        partial.rename(file)
+        if all(reasons):                          # nothing is kept: a decoder may be missing
+            partial.unlink()
+            raise InputError(f"--data has no image that can be read: {paths[0]} and all others "
+                             f"fail ({reasons[0]})")
+        with open(partial.with_suffix(".readable"), "wb") as stream:
+            np.save(stream, [reason is None for reason in reasons])
+        partial.with_suffix(".readable").replace(status)
+        partial.replace(file)
     readable = np.load(status)
     failed = [str(path) for path, good in zip(paths, readable) if not good]
-    if len(failed) == len(paths):
-        raise InputError(f"--data has no image that can be read: {failed[0]} and all others fail")
     if failed:
         print(f"{len(failed)} of {len(paths)} files cannot be read and are left out, the first: "
               + ", ".join(failed[:9]))
@@ -590,8 +596,9 @@ def read_boxes(file, data):
     unless pre-training has seen a normal image of theirs.
     """
     records, side = data.records, data.images.shape[-1]
-    by_name = {**{record["path"].name: record for record in records},
-               **{record["name"]: record for record in records}}
+    readable = [records[row] for row in np.union1d(data.train, data.test)]
+    by_name = {**{record["path"].name: record for record in readable},
+               **{record["name"]: record for record in readable}}
     for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"]):
         if row["image"] not in by_name:
             continue
@@ -600,12 +607,17 @@ def read_boxes(file, data):
             scale = side / np.array(image.size)
         try:
             x, y, w, h = (float(row[key]) for key in "xywh")
+            if not math.isfinite(x + y + w + h):
+                raise ValueError
         except ValueError as error:
             raise InputError(f"{file}: {row['image']} needs numbers as x, y, w, h") from error
         left, top = np.floor(scale * [x, y]).astype(int).clip(0, side)
         right, bottom = np.ceil(scale * [x + w, y + h]).astype(int).clip(0, side)
         record.setdefault("mask", np.zeros((side, side), bool))[top:bottom, left:right] = True
     moved = {record["patient"] for record in records if "mask" in record}
+    if not moved:
+        raise InputError(f"{file} has no box in an image of --data: its column image must hold "
+                         "names of files in there")
     moved -= {records[row]["patient"] for row in data.train if not data.labels[row].any()}
     moved = np.array([records[row]["patient"] in moved for row in data.train], bool)
     data.train, data.test = data.train[~moved], np.union1d(data.test, data.train[moved])
@@ -723,7 +735,7 @@ def to_device(images, device):
     """uint8 array (B, 1, S, S) -> float tensor in [0, 1] on the device, without waiting for it."""
     batch = torch.from_numpy(images)
     batch = batch.pin_memory() if device.type == "cuda" else batch
-    return batch.to(device, non_blocking=True).float() / 255
+    return batch.to(device, non_blocking=device.type == "cuda").float() / 255
 
 def cosine(start, end, progress):
     """From start to end along half a cosine, for progress from 0 to 1."""
@@ -732,8 +744,9 @@ def cosine(start, end, progress):
 def random_affine(images, generator=None, first=0):
     """What the lesions are to replace [P]: a turned crop, which moves the anatomy [D: the numbers].
 
-    It stands in for synthetic_lesion_mask, with an empty mask. The crop has 0.5 to 0.85 of the
-    image's side, is turned by up to 10 degrees, and lies anywhere inside.
+    It stands in for synthetic_lesion_mask, with an empty mask: L_cate is 0, and x must be restored
+    from its crop. That has 0.5 to 0.85 of the image's side, is turned by up to 10 degrees, and lies
+    anywhere inside.
     """
     draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
     side, angle = 0.5 + 0.35 * draws[:, :1], (2 * draws[:, 1:2] - 1) * math.pi / 18    # (B, 1)
@@ -929,6 +942,8 @@ def train(args, rank, world):
                 saved_at = time.monotonic()
             if stop:
                 bar.close()
+                if world > 1:                      # else the others' end would kill the writer
+                    torch.distributed.barrier()
                 print(f"stopped after step {step + 1} of {total}; the same command goes on from "
                       "there")
                 sys.exit(128 + max(signals, default=signal.SIGTERM))
@@ -1016,7 +1031,7 @@ def bench(args, rounds=7):
         with torch.autocast(device.type, trainer.amp, enabled=trainer.amp is not None):
             with torch.no_grad():
                 model.teacher.head(model.teacher.encoder(x)[:, 1:])
-            tokens = model.student.encoder(x)
+            tokens = model.student.encoder(x, seen)
             outputs = model.student.head(tokens[:, 1:]), model.decoder(tokens, abnormal)
         sum(each.float().mean() for each in outputs).backward()
 
@@ -1029,12 +1044,15 @@ def bench(args, rounds=7):
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
         if not args.data:
             Image.fromarray(phantoms(1, 512)[0][0, 0]).save(f"{folder}/phantom.png")
-        records = find_images(Path(args.data or folder), args.root, args.labels)
+        records = find_images(Path(args.data or folder), args.root, args.labels,
+                              args.test_fraction)
         paths = [records[i % len(records)]["path"] for i in range(n)]
         images, _ = cached_images(paths, size, Path(folder))
         normal = to_device(images[rows], device)
         x, mask = model.normalise(normal), synthetic_lesion_mask(normal, generator)[1]
         abnormal = abnormal_tokens(mask, args.patch_size)
+        ranks = torch.rand(abnormal.shape, device=device).argsort(1).argsort(1)
+        seen = ranks < args.keep * model.num_patches if args.keep < 1 else None
         a = torch.randn(4096, 4096, device=device, dtype=trainer.amp)
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
             backbone()
@@ -1059,14 +1077,15 @@ def bench(args, rounds=7):
         import resource                                                # not there on Windows
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory: {memory / 2 ** 30:.2f} GiB")
-    normals = sum(not record["findings"] for record in records) if args.data else 1000
+    normals = sum(not (record["findings"] or record["test"]) for record in records)
+    normals = normals if args.data else 1000
     hours = args.epochs * normals * median["full step"] / n / 3600
     print(f"{normals} images x {args.epochs} epochs on one such device: {hours:.2f} hours")
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def detection(scores, labels):
-    """Area under the ROC curve, average precision and the best Dice -> dictionary of floats.
+    """Area under the ROC curve, average precision, Dice at its best threshold: -> floats by name.
 
     scores (n,), labels (n,) bool. Equal scores count together. NaN with one class or a NaN score.
     """
@@ -1096,7 +1115,7 @@ def linear_probe(train_x, train_y, test_x, penalty=10.0):
     return ((test_x - mean) / std @ weight + y.mean(0)).numpy()
 
 def finetune(model, data, rows, device, steps=100, batch_size=32, lr=1e-3):
-    """Trains a copy of the teacher's encoder, and a linear layer on its mean token, on labels [P].
+    """Trains a copy of the teacher's blocks, and a linear layer on its mean token, on labels [P].
 
     It sees these rows of data. Returns scores (T, F) of the test images. The recipe is ours [D].
     """
@@ -1172,18 +1191,21 @@ def probe_maps(model, features, data, images):
     weight = torch.from_numpy(scores[1:] - scores[0]).to(images.device)        # (D,)
     usual = in_batches(lambda x: grad_cam(model, weight, x), data.images,
                        data.train[normal[data.train]][:300], images.device).mean(0)
-    return enlarge((grad_cam(model, weight, images) - usual).clamp_min(0), images.shape[-1])
+    cams = torch.cat([grad_cam(model, weight, part) for part in images.split(64)])
+    return enlarge((cams - usual).clamp_min(0), images.shape[-1])
 
 def evaluate_localisation(maps, masks, resamples=1000):
     """How well maps (n, S, S) of a score point at the findings in masks (n, S, S) bool.
 
-    pointing: is the maximum on a finding? Each figure is a mean over images, with an interval.
+    pointing: is the maximum on a finding? auroc, and dice at each image's own best threshold. Each
+    figure is a mean over images, with an interval; an image that is all finding has no auroc.
     """
     report = {"images": len(masks)}
     found = [{**detection(scores.ravel(), mask.ravel()), "pointing": mask.flat[scores.argmax()]}
              for scores, mask in zip(maps, masks)]
     for measure in "pointing", "auroc", "dice":
         values = np.array([image[measure] for image in found], float)
+        values = values[np.isfinite(values)]
         draws = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
         report[measure] = {"mean": float(values.mean()),
                            "ci95": np.quantile(draws, [0.025, 0.975]).tolist()}
@@ -1271,18 +1293,20 @@ def in_batches(function, images, rows, device):
     parts = np.array_split(rows, 1 + len(rows) // 64)
     return torch.cat([function(to_device(images[part], device)) for part in parts])
 
-def rank_images(model, run, data, device, out):
+def rank_images(model, known, data, device, out):
     """How odd images without labels look by `neighbours`: writes scores.csv, maps of the oddest.
 
-    They are compared with half of the run's normal images, and ranked among the other half.
+    They are compared with normal images that the run was trained on, and ranked among normal ones
+    that it held out.
     """
-    normals = np.random.default_rng(0).permutation(run.train[~run.labels[run.train].any(1)])[:1000]
-    tokens = in_batches(model.features, run.images, normals[::2], device)      # (N, L, D)
+    fit, usual = (np.random.default_rng(0).permutation(rows[~known.labels[rows].any(1)])[:500]
+                  for rows in (known.train, known.test))
+    tokens = in_batches(model.features, known.images, fit, device)             # (N, L, D)
 
     def score(images):
         return torch.from_numpy(image_scores(anomaly_maps(model, tokens, images)["neighbours"]))
 
-    usual = in_batches(score, run.images, normals[1::2], device)
+    usual = in_batches(score, known.images, usual if len(usual) else fit, device)
     rows = np.union1d(data.train, data.test)
     scores = in_batches(score, data.images, rows, device)
     order = scores.argsort(descending=True).numpy()
@@ -1295,7 +1319,7 @@ def rank_images(model, run, data, device, out):
     maps = anomaly_maps(model, tokens, first)
     plot_images(out / "highest.png", {"image": first}, {"neighbours": maps["neighbours"]})
     print(f"no labels in --data: scores of {len(rows)} images, the oddest first, and percentiles "
-          f"among {len(usual)} normal training images, in {out}: scores.csv, highest.png")
+          f"among {len(usual)} normal images of the run, in {out}: scores.csv, highest.png")
 
 def open_run(args):
     """The run of --ckpt: -> options of eval, completed by the run's; the run's; its weights."""
@@ -1311,6 +1335,15 @@ def open_run(args):
     given = {key: value for key, value in vars(args).items() if value is not None}
     options = argparse.Namespace(**{**run, **moved, **given})
     return options, argparse.Namespace(**run), checkpoint["model"]
+
+def leave_out_trained(data, known):
+    """Takes out of data's test split what a run on `known` was pre-trained on, by the file."""
+    trained = {known.records[row]["path"].resolve() for row in known.train
+               if not known.labels[row].any()}
+    new = np.array([data.records[row]["path"].resolve() not in trained for row in data.test], bool)
+    data.test = data.test[new]
+    if not new.all():
+        print(f"{(~new).sum()} images to test on were pre-trained on, and are left out")
 
 def choose_images(data, device):
     """-> rows of normal images to fit on, the sets to test on, and pairs: 24 x, their x' and M.
@@ -1378,15 +1411,17 @@ def print_report(prefix, report, untrained):
         if isinstance(value, dict):
             print_report(f"{prefix}{name} ", value, untrained[name])
         elif isinstance(value, float):
+            other = math.nan if untrained[name] is None else untrained[name]
             interval = "  [{:.3f}, {:.3f}]".format(*report["ci95"]) if "ci95" in report else ""
-            print(f"{prefix + name:44} {value:10.3f} {untrained[name]:10.3f}{interval}")
+            print(f"{prefix + name:44} {value:10.3f} {other:10.3f}{interval}")
 
 def write_report(report, samples, out):
     """metrics.json, samples.json and a table; gains are in pairs of samples of the same images."""
-    report = json.loads(json.dumps(report), parse_constant=lambda _: None)     # NaN becomes null
+    flat = {f"{name} {key}": each for name in samples for key, each in samples[name].items()}
+    report, flat = (json.loads(json.dumps(each), parse_constant=lambda _: None)    # NaN to null
+                    for each in (report, flat))
     (out / "metrics.json").write_text(json.dumps(report, indent=2))
-    (out / "samples.json").write_text(json.dumps(
-        {f"{name} {key}": each for name in samples for key, each in samples[name].items()}))
+    (out / "samples.json").write_text(json.dumps(flat))
     print(f"{'':44} checkpoint  untrained")
     print_report("", report["checkpoint"], report["random_init"])
     for key, each in samples["checkpoint"].items():
@@ -1408,6 +1443,8 @@ def evaluate(args):
         return rank_images(models["checkpoint"], load_radiographs(run), data, device, out)
     if args.boxes and options.data:
         read_boxes(args.boxes, data)
+    if args.data and run.data and Path(run.data).exists():
+        leave_out_trained(data, load_radiographs(run))
     fit, sets, pairs = choose_images(data, device)
     report, samples, tokens = {}, {}, {}
     for name, model in models.items():
@@ -1507,7 +1544,7 @@ def parse_arguments(argv=None):
         "out": ("folder of the run; one that is there is gone on with", "runs/afire"),
         "test-fraction": ("of patients to hold out, if --data has no folders train and test", 0.2),
         "save-every": ("minutes between checkpoints, of which the end of an epoch is one", 30.0),
-        "grad-accum": ("parts of a batch, to save memory; the losses see one at a time", 1),
+        "grad-accum": ("parts of a batch, to save memory; losses and prototypes see one each", 1),
         "augment": ("what makes x' of x: lesions, or to compare a random affine crop", "lesion"),
         "arch": ("encoder", "vit_micro", "vit_micro", "vit_base"),
         "img-size": ("side of the square that images are squashed to, in pixels", 64, 64, 224),
@@ -1523,8 +1560,8 @@ def parse_arguments(argv=None):
         "category-weight": ("of L_cate", 0.2, 1.0, 1.0),
         "restoration-weight": ("of L_rest", 1.0, 1.0, 1.0),
         "weight-decay": ("at the start; ten times as much at the end", 0.04, 0.04, 0.04)}
-    gpu = torch.cuda.is_available()
-    best = "cuda" if gpu else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
 
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"AFiRe {__version__}")
@@ -1541,13 +1578,13 @@ def parse_arguments(argv=None):
     add("--out", dest="results", help="folder for the results (eval, in the run's)")
     add("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
     add("--finetune", action="store_true",
-        help="also train the whole encoder on the labels, which takes minutes")
+        help="also train all blocks of the encoder on the labels, which takes minutes")
     add = train.add_argument
     add("--init", help="checkpoint that the encoder starts from")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
-    add("--amp", choices=["none", "bf16", "fp16"], help="autocast (%(default)s)", default="none"
-        if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    add("--amp", choices=["none", "bf16", "fp16"],
+        help="autocast (on CUDA bf16, or fp16 where there is none; elsewhere none)")
     add("--preset", choices=presets, help="which of the defaults that are in threes: "
         "phantoms without --data, else paper on a CUDA GPU, small elsewhere")
     choices = {"arch": ["vit_micro", "vit_tiny", "vit_small", "vit_base"],
@@ -1568,10 +1605,17 @@ def parse_arguments(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
         least = {int: 1, float: 0, str: ""}[type(value)]
-        if getattr(args, key) < least:
+        if not getattr(args, key) >= least:                            # also if it is not a number
             parser.error(f"--{name} must be at least {least}")
-    if not 0 < args.keep <= 1:
-        parser.error(f"--keep {args.keep} is no fraction: choose above 0 and at most 1")
+    for name in "keep", "teacher_momentum", "test_fraction":
+        if vars(args)[name] > 1 or args.keep == 0:
+            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]} is no fraction: choose "
+                         "one up to 1, for --keep above 0")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} is negative: choose 0 or more")
+    if args.amp is None:
+        args.amp = ("none" if args.device.type != "cuda" else
+                    "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     if args.img_size % args.patch_size:
         parser.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
                     f"{args.patch_size}: change one of them")

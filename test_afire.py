@@ -777,6 +777,12 @@ def test_a_list_file_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
     assert_split_by_patient(data, lambda name: name[:8], 12)
 
 
+def test_fourteen_labels_have_names_only_where_the_files_are_chestxray14s(tmp_path):
+    for name, finding in ("00000001_000.png", "Cardiomegaly"), ("patient1.png", "finding_2"):
+        (tmp_path / "list.txt").write_text(f"{name} 0 1" + 12 * " 0")
+        assert afire.read_list(tmp_path / "list.txt") == [(name, {finding})]
+
+
 def test_a_csv_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
     told = {"Mass|Edema": [True, True], "No Finding": [False, False], "Edema": [True, False]}
     save_images(tmp_path / "d", *[f"{i}.png" for i in range(30)], "unlabelled.png")
@@ -862,6 +868,14 @@ def test_the_cache_is_read_again_and_renewed_when_a_file_changes(tmp_path):
     Image.fromarray(GREY.T).save(tmp_path / "b.bmp")                   # of the same size in bytes
     images, after = read()
     assert images == [GREY.tolist(), GREY.T.tolist()] and set(after) > set(before)
+
+
+def test_what_cannot_be_read_at_all_is_tried_again(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.png").write_bytes(b"no image at all")
+    with pytest.raises(afire.InputError, match="UnidentifiedImageError"):
+        afire.cached_images([tmp_path / "d/a.png"], 24, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_unreadable_files_are_named_counted_and_skipped(tmp_path, capsys):
@@ -1155,6 +1169,56 @@ def test_anomaly_scores_point_at_what_normal_images_never_show():
         elsewhere[:, 4:20, 12:28] = 0
         assert (there > elsewhere.max((1, 2))).mean() >= 0.9, "but a phantom may be odd too"
         assert (there > afire.anomaly_maps(model, normals, images[150:])[name][:, 12, 20]).all()
+
+
+def test_restoration_error_is_of_tokens_restored_without_their_own():
+    model, images = tiny_model().eval(), phantom_images(70, 32)[:3]
+    x = model.normalise(images)
+    tokens = model.student.encoder(x)
+    expected = torch.zeros(3, 16)
+    for dy, dx in np.ndindex(2, 2):
+        hidden = torch.zeros(4, 4, dtype=torch.bool)
+        hidden[dy::2, dx::2] = True
+        restored = model.decoder(tokens, hidden.flatten().expand(3, -1))
+        for row, column in np.ndindex(4, 4):
+            if hidden[row, column]:
+                patch = np.s_[:, :, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
+                expected[:, 4 * row + column] = ((restored - x)[patch] ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(afire.restoration_error(model, images), expected)
+
+
+def test_anomaly_figures_are_scikit_learns_on_what_is_located():
+    """The last image is abnormal, nobody knows where: it counts as an image, not by its pixels."""
+    random, abnormal = np.random.default_rng(0), np.arange(12) % 3 == 2
+    maps, masks = random.random((12, 8, 8)), np.zeros((12, 8, 8), bool)
+    masks[abnormal, 2:5, 3:7] = True
+    masks[11] = False
+    maps[masks] += 0.3
+    found = afire.evaluate_anomaly(maps, abnormal, masks)
+    scores = [np.sort(each.ravel())[-16:].mean() for each in maps]     # the top quarter
+    pixels = maps[:11].ravel(), masks[:11].ravel()
+    assert found["image_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(abnormal, scores))
+    assert found["pixel_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(*pixels[::-1]))
+    precision = sklearn.metrics.average_precision_score(*pixels[::-1])
+    assert found["pixel_ap"] == pytest.approx(precision)
+
+
+def test_batches_keep_the_order_of_rows():
+    images = np.random.default_rng(0).integers(0, 256, (200, 1, 4, 4), np.uint8)
+    rows = np.random.default_rng(1).permutation(200)[:130]
+    found = afire.in_batches(lambda x: x.mean((1, 2, 3)), images, rows, torch.device("cpu"))
+    np.testing.assert_allclose(found, images[rows].mean((1, 2, 3)) / 255, rtol=1e-5)
+
+
+def test_an_image_that_was_pre_trained_on_is_not_tested_on(tmp_path, capsys):
+    """Another root gives other names, and so another split of the same files."""
+    save_images(tmp_path, *(f"train/NORMAL/{i}.png" for i in range(9)),
+                *(f"train/MASS/{i}.png" for i in range(9, 18)), "test/NORMAL/a.png")
+    run, data = load(tmp_path), load(tmp_path / "train")
+    before = names(data, data.test)
+    afire.leave_out_trained(data, run)
+    assert names(data, data.test) == [name for name in before if int(Path(name).stem) >= 9]
+    assert 0 < len(data.test) < len(before) and "pre-trained" in capsys.readouterr().out
 
 
 def test_position_and_neighbours_are_scikit_learns():
@@ -1550,6 +1614,10 @@ MISTAKES = {
     "no such init": "pretrain --data {tmp}/fine --init {tmp}/no.pth",
     "an image of half patches": "pretrain --data {tmp}/fine --img-size 30",
     "a fraction above one": "pretrain --keep 1.5",
+    "a momentum above one": "pretrain --teacher-momentum 7",
+    "a rate that is no number": "pretrain --lr nan",
+    "a negative seed": "pretrain --seed -1",
+    "boxes of other images": "eval --ckpt {run} --data {tmp}/cases --boxes {tmp}/other.csv",
     "an empty batch": "pretrain --data {tmp}/fine --batch-size 0",
     "no such checkpoint": "eval --ckpt {tmp}/nowhere",
     "not a checkpoint": "eval --ckpt {tmp}/odd.csv",
@@ -1566,6 +1634,7 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, run, capsys, monkeypatch, mist
     (tmp_path / "odd.csv").write_text("file,label\na.png,1\n")
     save_images(tmp_path, "cases/MASS/c.png", *(f"cases/NORMAL/{i}.png" for i in range(20)))
     (tmp_path / "boxes.csv").write_text("image,finding,x,y,w,h\nc.png,MASS,1,2,wide,3\n")
+    (tmp_path / "other.csv").write_text("image,finding,x,y,w,h\nd.png,MASS,1,2,3,4\n")
     with pytest.raises(SystemExit) as stopped:
         afire.main(MISTAKES[mistake].format(tmp=tmp_path, run=run).split())
     assert stopped.value.code == 2
