@@ -483,7 +483,8 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
                                  if not is_normal(each)}} for record, row in told if row]
         print(f"{labels} tells of {len(records)} of {len(told)} images; the others are left out")
     if not records:
-        raise InputError(f"--data {data}: no folder or list of PNG, JPEG, BMP, TIFF or DICOM files"
+        raise InputError(f"--data {data} " + ("is" if data.exists() else "is not there:")
+                         + " no folder or list of PNG, JPEG, BMP, TIFF or DICOM files"
                          + (f" that {labels} tells of" if labels else ""))
     dicom = any(record["path"].suffix.lower() == ".dcm" for record in records)
     if dicom and not importlib.util.find_spec("pydicom"):
@@ -1568,7 +1569,8 @@ def parse_arguments(argv=None):
     verbs = parser.add_subparsers(dest="verb", required=True)
     both, train, test = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     add = both.add_argument
-    add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms)")
+    add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms; for "
+        "eval those of the run)")
     add("--root", help="folder that the paths in a list start from (the list's)")
     add("--labels", help="CSV: image, findings (a|b), and patient if you have it")
     add("--cache", help="folder for decoded images (the run's)")
@@ -1592,9 +1594,13 @@ def parse_arguments(argv=None):
     for name, (text, *values) in options.items():
         add(f"--{name}", type=type(values[0]), choices=choices.get(name),
             help=f"{text} ({', '.join(map(str, values))})")
-    verbs.add_parser("pretrain", parents=[both, train], help="pre-train on normal radiographs")
-    verbs.add_parser("eval", parents=[both, test], help="evaluate a run, on its data or on --data")
-    verbs.add_parser("bench", parents=[both, train], help="time a pretrain with these options")
+    three = "three defaults in brackets are those of the presets phantoms, small and paper"
+    for verb, part, text, more in (
+            ("pretrain", train, "pre-train on normal radiographs", three),
+            ("eval", test, "evaluate a run, on its data or on --data", ""),
+            ("bench", train, "time a pretrain with these options", three)):
+        verbs.add_parser(verb, parents=[both, part], allow_abbrev=False, help=text,
+                         description=f"{text}; {more}".strip("; "))
     args = parser.parse_args(argv)
     if args.verb == "eval":
         return args
