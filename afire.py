@@ -471,6 +471,10 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
         classes = [next(part for part in (*path.relative_to(data).parts[:-1], "unsorted")
                         if part not in ("train", "val", "test")) for path in paths]
         known = any(map(is_normal, classes))
+        if not known and any(is_normal(part) for path in paths
+                             for part in path.relative_to(data).parts[:-1]):
+            raise InputError(f"--data {data} has folders of normal images only deeper down: name "
+                             "the folder of the classes, or the one above its train and test")
         records = [{"name": path.relative_to(data).as_posix(), "path": path,
                     "findings": {each} if known and not is_normal(each) else set()}
                    for path, each in zip(paths, classes)]

@@ -1614,6 +1614,7 @@ MISTAKES = {
     "no such init": "pretrain --data {tmp}/fine --init {tmp}/no.pth",
     "an image of half patches": "pretrain --data {tmp}/fine --img-size 30",
     "a fraction above one": "pretrain --keep 1.5",
+    "a folder too high": "pretrain --data {tmp}/high",
     "a momentum above one": "pretrain --teacher-momentum 7",
     "a rate that is no number": "pretrain --lr nan",
     "a negative seed": "pretrain --seed -1",
@@ -1628,7 +1629,8 @@ MISTAKES = {
 def test_a_mistake_ends_in_one_sentence(tmp_path, run, capsys, monkeypatch, mistake):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    save_images(tmp_path, "broken/a.png", "sick/MASS/a.png", "sick/NORMAL/b.png", "fine/a.png")
+    save_images(tmp_path, "broken/a.png", "sick/MASS/a.png", "sick/NORMAL/b.png", "fine/a.png",
+                "high/set/train/NORMAL/a.png")
     for file in "sick/NORMAL/b.png", "broken/a.png":
         (tmp_path / file).write_bytes(b"no image at all")
     (tmp_path / "odd.csv").write_text("file,label\na.png,1\n")
