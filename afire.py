@@ -122,7 +122,6 @@ def synthetic_lesion_mask(images, generator=None, first=0):
     """
     B, _, H, W = images.shape
     device, grey = images.device, images.squeeze(1).float()                    # (B, H, W)
-
     # Texture: the 60 x 60 pixels around the centre of the largest bright region, inside the image.
     h, w = (max(1, round(60 * side / 224)) for side in (H, W))                 # sizes are at 224 px
     levels = (grey * 255).round().long()                                       # (B, H, W)
@@ -259,6 +258,7 @@ class AnatomyHead(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
+        # Long rows turn slowly. Short ones soon know the positions, and the encoder need not [D].
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         self.mlp.apply(init_weights)
 
@@ -356,8 +356,7 @@ class AFiRe(nn.Module):
         vit = img_size, patch_size, 3, embed_dim, depth, num_heads
         head = embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim
         self.student = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
-        self.decoder = Decoder(img_size, patch_size, 3, embed_dim, decoder_dim, decoder_depth,
-                               decoder_heads)
+        self.decoder = Decoder(*vit[:4], decoder_dim, decoder_depth, decoder_heads)
         self.teacher = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
         self.teacher.requires_grad_(False).eval().load_state_dict(self.student.state_dict())
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
@@ -396,8 +395,7 @@ class AFiRe(nn.Module):
         losses = {"structure": structure_consistency_loss(logits, assignment, abnormal | ~seen),
                   "category": category_consistency_loss(logits, prototypes, abnormal, seen),
                   "restoration": restoration_loss(restored, self.normalise(normal))}
-        total = sum(weight * loss for weight, loss in zip(self.weights, losses.values()))
-        return {"loss": total, **losses}
+        return {"loss": sum(w * loss for w, loss in zip(self.weights, losses.values())), **losses}
 
     @torch.no_grad()
     def update_teacher(self, momentum):
