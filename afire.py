@@ -986,7 +986,8 @@ def load_encoder(path, img_size=None):
         grid = unpatchify(positions[:, 1:], 1)                                 # (1, D, side, side)
         grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
-        vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), max(1, dim // 64))
+        heads = min(16, max(1, dim // 64))        # no file tells it; ViT-H and larger have 16
+        vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), heads)
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} holds no ViT that fits together: {error}") from error

@@ -936,6 +936,14 @@ def test_load_encoder_knows(tmp_path, kind):
     torch.testing.assert_close(tokens, expected(images), atol=1e-5, rtol=1e-4)
 
 
+def test_load_encoder_gives_a_vit_huge_its_sixteen_heads(tmp_path):
+    vit = timm_vit(img_size=32, patch_size=16, embed_dim=1280, depth=1, num_heads=16)
+    torch.save(vit.state_dict(), tmp_path / "huge.pth")
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(afire.load_encoder(tmp_path / "huge.pth")(images),
+                               vit.forward_features(images), atol=1e-4, rtol=1e-4)
+
+
 def test_positions_are_interpolated_as_timm_does(tmp_path):
     vit, larger = timm_vit(**WIDE), timm_vit(**{**WIDE, "img_size": 48})
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
