@@ -258,9 +258,8 @@ class AnatomyHead(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
-        # Long rows turn slowly. Short ones soon know the positions, and the encoder need not [D].
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
-        self.mlp.apply(init_weights)
+        self.mlp.apply(init_weights)        # the last layers' rows are long: short ones did worse [D]
 
     def forward(self, tokens):
         z = F.normalize(self.mlp(tokens).float(), dim=2)   # (B, L, d), in full: no 0 / 0
@@ -356,7 +355,8 @@ class AFiRe(nn.Module):
         vit = img_size, patch_size, 3, embed_dim, depth, num_heads
         head = embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim
         self.student = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
-        self.decoder = Decoder(*vit[:4], decoder_dim, decoder_depth, decoder_heads)
+        self.decoder = Decoder(img_size, patch_size, 3, embed_dim, decoder_dim, decoder_depth,
+                               decoder_heads)
         self.teacher = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
         self.teacher.requires_grad_(False).eval().load_state_dict(self.student.state_dict())
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
@@ -986,7 +986,7 @@ def load_encoder(path, img_size=None):
         grid = unpatchify(positions[:, 1:], 1)                                 # (1, D, side, side)
         grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
-        heads = min(16, max(1, dim // 64))        # no file tells it; ViT-H and larger have 16
+        heads = min(16, max(1, dim // 64))        # not in the file; timm's ViT-H, g, G have 16
         vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), heads)
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (KeyError, RuntimeError) as error:
