@@ -259,7 +259,7 @@ class AnatomyHead(nn.Module):
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
-        self.mlp.apply(init_weights)       # the last layers' rows are long: short ones did worse [D]
+        self.mlp.apply(init_weights)   # the last layers' rows are long: short ones did worse [D]
 
     def forward(self, tokens):
         z = F.normalize(self.mlp(tokens).float(), dim=2)   # (B, L, d), in full: no 0 / 0
