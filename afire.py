@@ -217,7 +217,7 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x, seen=None):
-        """seen (B, L) bool, equally many an image: what is encoded, as in MAE; the rest gives 0."""
+        """seen (B, L) bool: what is encoded, as many tokens in each image [MAE]; the rest is 0."""
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                # (B, L, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         if seen is None:
@@ -259,12 +259,12 @@ class AnatomyHead(nn.Module):
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
-        self.mlp.apply(init_weights)   # the last layers' rows are long: short ones did worse [D]
+        self.mlp.apply(init_weights)   # long rows turn slowly, short ones did worse [D]
 
     def forward(self, tokens):
         z = F.normalize(self.mlp(tokens).float(), dim=2)   # (B, L, d), in full: no 0 / 0
         scores = torch.einsum("bld,lkd->blk", z, self.last_layers)             # (B, L, K)
-        return scores / self.last_layers.norm(dim=2)       # a cosine, as weight norms are 1
+        return scores / self.last_layers.norm(dim=2)       # weight norms of 1: it is a cosine
 
 # ---- Spatial-aware prototypes (Fig. 3) -----------------------------------------------------------
 
@@ -460,11 +460,14 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     Held out is the folder test beside a folder train, else a fixed part of the patients, who are
     told by --labels or by the names of ChestX-ray14, CheXpert, MIMIC-CXR and Kermany et al.
     """
+    kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
+    if data.suffix.lower() in (*kinds, ".csv") and data.is_file():
+        raise InputError(f"--data {data} is no list of images: name their folder, and a CSV with "
+                         "--labels")
     if data.is_file():
         records = [{"name": name, "path": Path(root or data.parent) / name, "findings": findings}
                    for name, findings in read_list(data)]
     else:
-        kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
         paths = [path for path in sorted(data.rglob("*")) if path.suffix.lower() in kinds]
         classes = [next(part for part in (*path.relative_to(data).parts[:-1], "unsorted")
                         if part not in ("train", "val", "test")) for path in paths]
@@ -804,8 +807,8 @@ class Trainer:
                 seen = (rank < args.keep * self.model.num_patches).to(device)
             lesioned, mask = augment(normal, generator, first)
             with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-                losses = self.network(normal, lesioned, mask, 0.0 if step < per_epoch else None,
-                                      seen)
+                momentum = 0.0 if step < per_epoch else None   # at first P is the batch's mean [R]
+                losses = self.network(normal, lesioned, mask, momentum, seen)
             self.scaler.scale(losses["loss"] / args.grad_accum).backward()
             sums = sums + torch.stack(list(losses.values())).detach() / args.grad_accum
         if step < per_epoch:
@@ -1289,7 +1292,8 @@ def evaluate_anomaly(maps, abnormal, masks):
     image = detection(scores, abnormal)
     pixel = detection(maps[located].ravel(), masks[located].ravel())
     return {"image_auroc": image["auroc"], "image_ap": image["ap"],
-            "image_ci95": np.nanquantile(areas, [0.025, 0.975]).tolist(),
+            "image_ci95": (np.nanquantile(areas, [0.025, 0.975]).tolist()
+                           if np.isfinite(areas).any() else [math.nan, math.nan]),
             "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"], "dice": pixel["dice"]}
 
 def in_batches(function, images, rows, device):
@@ -1362,7 +1366,7 @@ def choose_images(data, device):
                   + [row for row in test if not normal[row]][:500])
     if min(len(fit), normal[rows].sum()) < 2:
         raise InputError("--data has too few images without findings, to fit on or to test on: add "
-                         "some, or change --test-fraction")
+                         "some")
     nowhere = np.zeros(data.images.shape[2:], bool)
     masks = np.stack([data.records[row].get("mask", nowhere) for row in rows])
     images = to_device(data.images[rows], device)
@@ -1426,10 +1430,12 @@ def write_report(report, samples, out):
                     for each in (report, flat))
     (out / "metrics.json").write_text(json.dumps(report, indent=2))
     (out / "samples.json").write_text(json.dumps(flat))
-    print(f"{'':44} checkpoint  untrained")
+    print(f"{'':44} checkpoint  untrained  [95 % interval of the checkpoint's]")
     print_report("", report["checkpoint"], report["random_init"])
     for key, each in samples["checkpoint"].items():
         gain = np.subtract(each, samples["random_init"][key])
+        if np.isnan(gain).all():                                       # no finding to learn
+            continue
         low, high = np.nanquantile(gain, [0.025, 0.975])
         print(f"{f'{key} gain, in pairs':44} {np.nanmean(gain):10.3f}"
               f"{'':14}[{low:.3f}, {high:.3f}]")
@@ -1443,12 +1449,17 @@ def evaluate(args):
     models = {name: build_model(options).to(device).eval()
               for name in ("random_init", "checkpoint")}
     models["checkpoint"].load_state_dict(weights)
+    if args.boxes and not (options.data and data.findings):
+        raise InputError("--boxes needs images with findings: name them with --data, and their "
+                         "findings with --labels, a list or folders of classes")
     if args.data and not data.findings:
         return rank_images(models["checkpoint"], load_radiographs(run), data, device, out)
-    if args.boxes and options.data:
+    if args.boxes:
         read_boxes(args.boxes, data)
     if args.data and run.data and Path(run.data).exists():
         leave_out_trained(data, load_radiographs(run))
+    print(f"{run.out} on {options.data or 'phantoms'}: learning from {len(data.train)} images, "
+          f"testing on {len(data.test)}, {data.labels[data.test].any(1).sum()} with findings")
     fit, sets, pairs = choose_images(data, device)
     report, samples, tokens = {}, {}, {}
     for name, model in models.items():
@@ -1461,7 +1472,7 @@ def evaluate(args):
     plot_images(out / "anomaly.png", {"truth": images[five]},
                 {score: each[five] for score, each in maps[kind].items()}, masks[five])
     plot_tokens(tokens, out / "tokens.png")
-    print(f"in {out}: metrics.json, anomaly.png, tokens.png")
+    print(f"in {out}: metrics.json, samples.json, anomaly.png, tokens.png")
 
 # ---- Figures -------------------------------------------------------------------------------------
 

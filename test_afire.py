@@ -1604,6 +1604,21 @@ def test_identical_images_do_not_make_a_nan(tmp_path):
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_labels_is_evaluated_by_its_lesions_alone(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(phantom_images(60, 32)):
+        levels = (255 * image[0].numpy()).astype(np.uint8)
+        Image.fromarray(levels).save(tmp_path / "data" / f"{i}.png")
+    afire.main(pretraining(tmp_path / "data", tmp_path / "run"))
+    afire.main(["eval", "--ckpt", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "run/eval/metrics.json").read_text())["checkpoint"]
+    assert report["linear"]["1%"]["macro_auroc"] is None and "gain" not in printed
+    assert 0 <= report["synthetic"]["prototype"]["pixel_auroc"] <= 1
+    assert re.search(r"learning from \d+ images, testing on \d+, 0 with findings", printed)
+
+
 MISTAKES = {
     "no such architecture": "pretrain --arch vit_huge",
     "no such device": "pretrain --device abacus",
@@ -1627,6 +1642,10 @@ MISTAKES = {
     "a rate that is no number": "pretrain --lr nan",
     "a negative seed": "pretrain --seed -1",
     "boxes of other images": "eval --ckpt {run} --data {tmp}/cases --boxes {tmp}/other.csv",
+    "boxes of phantoms": "eval --ckpt {run} --boxes {tmp}/boxes.csv",
+    "boxes without findings": "eval --ckpt {run} --data {tmp}/fine --boxes {tmp}/boxes.csv",
+    "an image for a folder": "pretrain --data {tmp}/fine/a.png",
+    "labels for a list": "pretrain --data {tmp}/odd.csv",
     "an empty batch": "pretrain --data {tmp}/fine --batch-size 0",
     "no such checkpoint": "eval --ckpt {tmp}/nowhere",
     "not a checkpoint": "eval --ckpt {tmp}/odd.csv",
