@@ -259,12 +259,12 @@ class AnatomyHead(nn.Module):
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
-        self.mlp.apply(init_weights)   # long rows turn slowly, short ones did worse [D]
+        self.mlp.apply(init_weights)
 
     def forward(self, tokens):
         z = F.normalize(self.mlp(tokens).float(), dim=2)   # (B, L, d), in full: no 0 / 0
         scores = torch.einsum("bld,lkd->blk", z, self.last_layers)             # (B, L, K)
-        return scores / self.last_layers.norm(dim=2)       # weight norms of 1: it is a cosine
+        return scores / self.last_layers.norm(dim=2)  # norm 1: a cosine; long rows learn slowly [D]
 
 # ---- Spatial-aware prototypes (Fig. 3) -----------------------------------------------------------
 
@@ -461,24 +461,25 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     told by --labels or by the names of ChestX-ray14, CheXpert, MIMIC-CXR and Kermany et al.
     """
     kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
-    if data.suffix.lower() in (*kinds, ".csv") and data.is_file():
-        raise InputError(f"--data {data} is no list of images: name their folder, and a CSV with "
-                         "--labels")
     if data.is_file():
+        if data.suffix.lower() in (*kinds, ".csv"):
+            raise InputError(f"--data {data} is no list of images: name their folder, and a CSV "
+                             "with --labels")
         records = [{"name": name, "path": Path(root or data.parent) / name, "findings": findings}
                    for name, findings in read_list(data)]
     else:
-        paths = [path for path in sorted(data.rglob("*")) if path.suffix.lower() in kinds]
-        classes = [next(part for part in (*path.relative_to(data).parts[:-1], "unsorted")
-                        if part not in ("train", "val", "test")) for path in paths]
-        known = any(map(is_normal, classes))
-        if not known and any(is_normal(part) for path in paths
-                             for part in path.relative_to(data).parts[:-1]):
+        names = [path.relative_to(data) for path in sorted(data.rglob("*"))
+                 if path.suffix.lower() in kinds]
+        folders = [name.parts[:-1] for name in names]
+        classes = [next(part for part in (*parts, "unsorted")
+                        if part not in ("train", "val", "test")) for parts in folders]
+        known = any(map(is_normal, set(classes)))
+        if not known and any(map(is_normal, set().union(*folders))):
             raise InputError(f"--data {data} has folders of normal images only deeper down: name "
                              "the folder of the classes, or the one above its train and test")
-        records = [{"name": path.relative_to(data).as_posix(), "path": path,
+        records = [{"name": name.as_posix(), "path": data / name,
                     "findings": {each} if known and not is_normal(each) else set()}
-                   for path, each in zip(paths, classes)]
+                   for name, each in zip(names, classes)]
     if labels:
         rows = {row["image"]: row for row in read_csv(labels, ["image", "findings"])}
         told = [(record, rows.get(record["name"]) or rows.get(record["path"].name))
@@ -795,6 +796,7 @@ class Trainer:
 
         augment = synthetic_lesion_mask if args.augment == "lesion" else random_affine
         seed = (args.seed * 2654435769 + step) % 2 ** 32     # generators ignore all further bits
+        momentum = 0.0 if step < per_epoch else None       # at first P is the batch's mean [R]
         size, sums = len(rows) // (self.world * args.grad_accum), 0
         self.optimizer.zero_grad()
         for part in range(args.grad_accum):       # of the batch, one after the other on a device
@@ -807,7 +809,6 @@ class Trainer:
                 seen = (rank < args.keep * self.model.num_patches).to(device)
             lesioned, mask = augment(normal, generator, first)
             with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-                momentum = 0.0 if step < per_epoch else None   # at first P is the batch's mean [R]
                 losses = self.network(normal, lesioned, mask, momentum, seen)
             self.scaler.scale(losses["loss"] / args.grad_accum).backward()
             sums = sums + torch.stack(list(losses.values())).detach() / args.grad_accum
@@ -972,6 +973,10 @@ def count_blocks(state, prefix="blocks."):
     """How many transformer blocks a state dict has under this prefix."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
+def guess_heads(dim):
+    """How many heads an encoder has, which no file tells: 64 channels each; ViT-H, g, G have 16."""
+    return min(16, max(1, dim // 64))
+
 def load_encoder(path, img_size=None):
     """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT.
 
@@ -989,8 +994,7 @@ def load_encoder(path, img_size=None):
         grid = unpatchify(positions[:, 1:], 1)                                 # (1, D, side, side)
         grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
-        heads = min(16, max(1, dim // 64))        # not in the file; timm's ViT-H, g, G have 16
-        vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), heads)
+        vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), guess_heads(dim))
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} holds no ViT that fits together: {error}") from error
@@ -1014,7 +1018,7 @@ def read_release(cls, checkpoint):
     _, out_dim, bottleneck_dim = state["student.head.last_layers"].shape
     decoder_dim = len(state["decoder.embedding.weight"])
     model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim,
-                count_blocks(state, "student.encoder.blocks."), max(1, dim // 64), out_dim,
+                count_blocks(state, "student.encoder.blocks."), guess_heads(dim), out_dim,
                 len(state["student.head.mlp.0.weight"]), bottleneck_dim, decoder_dim,
                 count_blocks(state, "decoder.blocks."), max(1, decoder_dim // 32))
     model.load_state_dict({key: state[key] for key in model.state_dict()
@@ -1111,6 +1115,11 @@ def auroc(scores, labels):
     """The chance that a positive scores above a negative, ties counting half: -> float."""
     return detection(scores, labels)["auroc"]
 
+def interval(samples):
+    """The middle 95 % of bootstrap samples, those that are NaN left out: -> [low, high]."""
+    return np.quantile([each for each in samples if not np.isnan(each)] or [math.nan],
+                       [0.025, 0.975]).tolist()
+
 def linear_probe(train_x, train_y, test_x, penalty=10.0):
     """Ridge regression of each finding on standardised features: -> scores (T, F).
 
@@ -1170,7 +1179,7 @@ def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
                                          random.choice(len(truth), len(truth))))
                    for _ in range(resamples)]
         return {"macro_auroc": float(np.nanmean(each)),
-                "ci95": np.nanquantile(samples, [0.025, 0.975]).tolist(),
+                "ci95": interval(samples),
                 "per_finding": dict(zip(data.findings, each.tolist()))}, samples
 
 def grad_cam(model, weight, images):
@@ -1214,8 +1223,7 @@ def evaluate_localisation(maps, masks, resamples=1000):
         values = np.array([image[measure] for image in found], float)
         values = values[np.isfinite(values)]
         draws = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
-        report[measure] = {"mean": float(values.mean()),
-                           "ci95": np.quantile(draws, [0.025, 0.975]).tolist()}
+        report[measure] = {"mean": float(values.mean()), "ci95": interval(draws)}
     return report
 
 def silhouette(points, cluster):
@@ -1292,8 +1300,7 @@ def evaluate_anomaly(maps, abnormal, masks):
     image = detection(scores, abnormal)
     pixel = detection(maps[located].ravel(), masks[located].ravel())
     return {"image_auroc": image["auroc"], "image_ap": image["ap"],
-            "image_ci95": (np.nanquantile(areas, [0.025, 0.975]).tolist()
-                           if np.isfinite(areas).any() else [math.nan, math.nan]),
+            "image_ci95": interval(areas),
             "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"], "dice": pixel["dice"]}
 
 def in_batches(function, images, rows, device):
@@ -1434,9 +1441,9 @@ def write_report(report, samples, out):
     print_report("", report["checkpoint"], report["random_init"])
     for key, each in samples["checkpoint"].items():
         gain = np.subtract(each, samples["random_init"][key])
-        if np.isnan(gain).all():                                       # no finding to learn
+        low, high = interval(gain)
+        if math.isnan(low):                                            # no finding to learn
             continue
-        low, high = np.nanquantile(gain, [0.025, 0.975])
         print(f"{f'{key} gain, in pairs':44} {np.nanmean(gain):10.3f}"
               f"{'':14}[{low:.3f}, {high:.3f}]")
 
@@ -1444,14 +1451,14 @@ def evaluate(args):
     """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
     options, run, weights = open_run(args)
     data, device = load_radiographs(options), args.device
+    if args.boxes and not (options.data and data.findings):
+        raise InputError("--boxes needs images with findings: name them with --data, and their "
+                         "findings with --labels, a list or folders of classes")
     out = Path(args.results or f"{run.out}/eval")
     out.mkdir(parents=True, exist_ok=True)
     models = {name: build_model(options).to(device).eval()
               for name in ("random_init", "checkpoint")}
     models["checkpoint"].load_state_dict(weights)
-    if args.boxes and not (options.data and data.findings):
-        raise InputError("--boxes needs images with findings: name them with --data, and their "
-                         "findings with --labels, a list or folders of classes")
     if args.data and not data.findings:
         return rank_images(models["checkpoint"], load_radiographs(run), data, device, out)
     if args.boxes:
@@ -1608,13 +1615,12 @@ def parse_arguments(argv=None):
     for name, (text, *values) in options.items():
         add(f"--{name}", type=type(values[0]), choices=choices.get(name),
             help=f"{text} ({', '.join(map(str, values))})")
-    three = "three defaults in brackets are those of the presets phantoms, small and paper"
-    for verb, part, text, more in (
-            ("pretrain", train, "pre-train on normal radiographs", three),
-            ("eval", test, "evaluate a run, on its data or on --data", ""),
-            ("bench", train, "time a pretrain with these options", three)):
+    three = "; three defaults in brackets are those of the presets phantoms, small and paper"
+    for verb, part, text in (("pretrain", train, "pre-train on normal radiographs"),
+                             ("eval", test, "evaluate a run, on its data or on --data"),
+                             ("bench", train, "time a pretrain with these options")):
         verbs.add_parser(verb, parents=[both, part], allow_abbrev=False, help=text,
-                         description=f"{text}; {more}".strip("; "))
+                         description=text + three if part is train else text)
     args = parser.parse_args(argv)
     if args.verb == "eval":
         return args

@@ -978,9 +978,9 @@ def test_timm_loads_the_encoder_strictly():
                                    rtol=1e-4)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_from_release_reads_the_authors_layout(prefix):
-    model = tiny_model(embed_dim=128, decoder_dim=64, decoder_heads=2)
+@pytest.mark.parametrize("prefix, dim, heads", [("", 128, 2), ("module.", 128, 2), ("", 1280, 16)])
+def test_from_release_reads_the_authors_layout(prefix, dim, heads):
+    model = tiny_model(embed_dim=dim, num_heads=heads, decoder_dim=64, decoder_heads=2)
     for parameter in model.teacher.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
 
@@ -1606,10 +1606,7 @@ def test_identical_images_do_not_make_a_nan(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_a_run_without_labels_is_evaluated_by_its_lesions_alone(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    for i, image in enumerate(phantom_images(60, 32)):
-        levels = (255 * image[0].numpy()).astype(np.uint8)
-        Image.fromarray(levels).save(tmp_path / "data" / f"{i}.png")
+    save_images(tmp_path, *(f"data/{i}.png" for i in range(60)))
     afire.main(pretraining(tmp_path / "data", tmp_path / "run"))
     afire.main(["eval", "--ckpt", str(tmp_path / "run")])
     printed = capsys.readouterr().out
