@@ -33,9 +33,9 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import datetime
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -426,33 +426,25 @@ class Radiographs:
 
 def is_normal(name):
     """Does a folder or a label of this name mean "no finding"?"""
-    return re.sub(r"[\W_]", "", name.lower()).removesuffix("s") in (
-        "", "normal", "nofinding", "healthy")
+    return re.sub(r"[\W_]", "", name.lower()).rstrip("s") in ("", "normal", "nofinding", "healthy")
 
 def read_csv(file, columns):
     """-> a dictionary for each line, with these columns at the least."""
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        lines = list(stream)
-    header = "".join(lines[:1])
-    rows = list(csv.DictReader(lines, delimiter=max(",;\t", key=header.count)))
+    text = Path(file).read_text("utf-8-sig", errors="replace")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
     if not rows or any(row.get(column) is None for row in rows for column in columns):
         raise InputError(f"{file} needs the columns {', '.join(columns)} in every line")
     return rows
 
 def read_list(file):
-    """The field's lists, `relative/path 0 1 0 ...`: -> a (name, set of findings) each."""
+    """The field's lists, `relative/path 0 1 0 ...`: -> {name: set of findings}."""
     text = file.read_text("utf-8-sig", errors="replace")
     lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
-    lines = [(name, flags.split()) for name, flags in lines]
-    for name, flags in lines:
-        if len(flags) != len(lines[0][1]):
-            raise InputError(f"{file}: {name} has {len(flags)} labels, the first line "
-                             f"{len(lines[0][1])}: give every line as many zeros and ones")
-    nih = ("" if not lines or not re.search(r"\d{8}_\d{3}", lines[0][0]) else
-           "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
-           "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
-    return [(name, {nih[i] if len(flags) == len(nih) else f"finding_{i + 1}"
-                    for i, flag in enumerate(flags) if flag == "1"}) for name, flags in lines]
+    if len({len(flags.split()) for _, flags in lines}) > 1:
+        raise InputError(f"--data {file}: give every line as many zeros and ones")
+    return {name: {f"finding_{i}" for i, flag in enumerate(flags.split(), 1) if flag == "1"}
+            for name, flags in lines}
 
 def find_images(data, root=None, labels=None, test_fraction=0.2):
     """What --data, --root and --labels name: -> records as in Radiographs.
@@ -461,25 +453,22 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     told by --labels or by the names of ChestX-ray14, CheXpert, MIMIC-CXR and Kermany et al.
     """
     kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
-    if data.is_file():
-        if data.suffix.lower() in (*kinds, ".csv"):
-            raise InputError(f"--data {data} is no list of images: name their folder, and a CSV "
-                             "with --labels")
-        records = [{"name": name, "path": Path(root or data.parent) / name, "findings": findings}
-                   for name, findings in read_list(data)]
+    if data.is_file() and data.suffix.lower() not in (*kinds, ".csv"):
+        root, found = Path(root or data.parent), read_list(data)
     else:
-        names = [path.relative_to(data) for path in sorted(data.rglob("*"))
+        names = [path.relative_to(data).as_posix() for path in sorted(data.rglob("*"))
                  if path.suffix.lower() in kinds]
-        folders = [name.parts[:-1] for name in names]
-        classes = [next(part for part in (*parts, "unsorted")
-                        if part not in ("train", "val", "test")) for parts in folders]
-        known = any(map(is_normal, set(classes)))
-        if not known and any(map(is_normal, set().union(*folders))):
-            raise InputError(f"--data {data} has folders of normal images only deeper down: name "
-                             "the folder of the classes, or the one above its train and test")
-        records = [{"name": name.as_posix(), "path": data / name,
-                    "findings": {each} if known and not is_normal(each) else set()}
-                   for name, each in zip(names, classes)]
+        root, found = data, {name: set() for name in names}
+        # The classes are the folders beside the one of the normal images.
+        folders = [name.split("/")[:-1] for name in names]
+        level = next((parts.index(each) for parts in folders for each in parts
+                      if is_normal(each)), None)
+        if level is not None:
+            for name, parts in zip(names, folders):
+                found[name] = {each for each in parts[level:level + 1] or ["unsorted"]
+                               if not is_normal(each)}
+    records = [{"name": name, "path": root / name, "findings": each}
+               for name, each in found.items()]
     if labels:
         rows = {row["image"]: row for row in read_csv(labels, ["image", "findings"])}
         told = [(record, rows.get(record["name"]) or rows.get(record["path"].name))
@@ -495,11 +484,11 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     dicom = any(record["path"].suffix.lower() == ".dcm" for record in records)
     if dicom and not importlib.util.find_spec("pydicom"):
         raise InputError(f"--data {data} has DICOM files: `pip install pydicom` to read them")
-    split = {record["name"].split("/")[0] for record in records} >= {"train", "test"}
+    split = set().union(*(record["name"].split("/") for record in records)) >= {"train", "test"}
     for record in records:
         guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
         record["patient"] = record.get("patient") or (guess[0] if guess else record["name"])
-        record["test"] = (record["name"].startswith("test/") if split else
+        record["test"] = ("test" in record["name"].split("/") if split else
                           zlib.crc32(record["patient"].encode()) % 1000 < 1000 * test_fraction)
     return records
 
@@ -541,41 +530,40 @@ def cached_images(paths, size, cache, equal=False):
     """Files decoded once, in parallel: -> (n, 1, size, size) uint8, memory-mapped; readable (n,).
 
     The cache is known by the files' names, sizes and times of change, and by the other options.
-    Several processes may fill it at once: each writes a file of its own and renames it.
+    Where several processes want it, one fills it, and the others wait.
     """
     facts = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
              if path.is_file() else str(path) for path in paths]
-    key = hashlib.sha256(repr((size, equal, facts)).encode()).hexdigest()[:16]
-    file, status = cache / f"{key}.npy", cache / f"{key}.readable.npy"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cache / f"{key}.{os.getpid()}.partial"
-        images = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), 1, size, size))
+    key = hashlib.sha256(repr((equal, size, facts)).encode()).hexdigest()[:16]
+    file, status, partial = (cache / f"{key}.{kind}" for kind in ("npy", "json", "partial"))
 
-        def decode(image, path):
-            try:
-                image[0] = read_image(path, size, equal)
-            except Exception as error:            # each decoder fails in its own ways
-                return f"{type(error).__name__}: {error}"
+    def decode(image, path):
+        try:
+            image[0] = read_image(path, size, equal)
+        except Exception as error:                # each decoder fails in its own ways
+            return f"{type(error).__name__}: {error}"
 
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            done = pool.map(decode, images, paths)
-            reasons = list(tqdm(done, "decode", len(paths), unit="image"))
-        images.flush()
-        if all(reasons):                          # nothing is kept: a decoder may be missing
-            partial.unlink()
-            raise InputError(f"--data has no image that can be read: {paths[0]} and all others "
-                             f"fail ({reasons[0]})")
-        with open(partial.with_suffix(".readable"), "wb") as stream:
-            np.save(stream, [reason is None for reason in reasons])
-        partial.with_suffix(".readable").replace(status)
-        partial.replace(file)
-    readable = np.load(status)
-    failed = [str(path) for path, good in zip(paths, readable) if not good]
-    if failed:
-        print(f"{len(failed)} of {len(paths)} files cannot be read and are left out, the first: "
-              + ", ".join(failed[:9]))
-    return np.load(file, mmap_mode="r"), readable
+    cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / ".lock"):
+        if not file.exists():
+            images = np.lib.format.open_memmap(partial, "w+", np.uint8,
+                                               (len(paths), 1, size, size))
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                done = pool.map(decode, images, paths)
+                failed = list(tqdm(done, "decode", len(paths), unit="image"))
+            images.flush()
+            if all(failed):                       # nothing is kept: a decoder may be missing
+                partial.unlink()
+                raise InputError(f"--data has no image that can be read: {paths[0]} and all "
+                                 f"others fail ({failed[0]})")
+            status.write_text(json.dumps(failed))
+            partial.replace(file)
+    failed = json.loads(status.read_text())
+    left_out = [str(path) for path, reason in zip(paths, failed) if reason]
+    if left_out:
+        print(f"{len(left_out)} of {len(paths)} files cannot be read and are left out, the first: "
+              + ", ".join(left_out[:9]))
+    return np.load(file, mmap_mode="r"), np.array([reason is None for reason in failed])
 
 def load_radiographs(args):
     """The images that --data names, or phantoms: -> Radiographs."""
@@ -606,26 +594,24 @@ def read_boxes(file, data):
     readable = [records[row] for row in np.union1d(data.train, data.test)]
     by_name = {**{record["path"].name: record for record in readable},
                **{record["name"]: record for record in readable}}
-    for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"]):
-        if row["image"] not in by_name:
-            continue
+    boxed = [row for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"])
+             if row["image"] in by_name]
+    for row in boxed:
         record = by_name[row["image"]]
         with open_image(record["path"]) as image:
-            scale = side / np.array(image.size)
+            scale_x, scale_y = (side / length for length in image.size)
         try:
             x, y, w, h = (float(row[key]) for key in "xywh")
-            if not math.isfinite(x + y + w + h):
-                raise ValueError
-        except ValueError as error:
+            box = [slice(max(0, math.floor(scale * start)), max(0, math.ceil(scale * end)))
+                   for scale, start, end in ((scale_y, y, y + h), (scale_x, x, x + w))]
+        except (ValueError, OverflowError) as error:
             raise InputError(f"{file}: {row['image']} needs numbers as x, y, w, h") from error
-        left, top = np.floor(scale * [x, y]).astype(int).clip(0, side)
-        right, bottom = np.ceil(scale * [x + w, y + h]).astype(int).clip(0, side)
-        record.setdefault("mask", np.zeros((side, side), bool))[top:bottom, left:right] = True
-    moved = {record["patient"] for record in records if "mask" in record}
-    if not moved:
+        record.setdefault("mask", np.zeros((side, side), bool))[tuple(box)] = True
+    if not boxed:
         raise InputError(f"{file} has no box in an image of --data: its column image must hold "
                          "names of files in there")
-    moved -= {records[row]["patient"] for row in data.train if not data.labels[row].any()}
+    moved = ({by_name[row["image"]]["patient"] for row in boxed}
+             - {records[row]["patient"] for row in data.train if not data.labels[row].any()})
     moved = np.array([records[row]["patient"] in moved for row in data.train], bool)
     data.train, data.test = data.train[~moved], np.union1d(data.test, data.train[moved])
 
@@ -749,12 +735,8 @@ def cosine(start, end, progress):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def random_affine(images, generator=None, first=0):
-    """What the lesions are to replace [P]: a turned crop, which moves the anatomy [D: the numbers].
-
-    It stands in for synthetic_lesion_mask, with an empty mask: L_cate is 0, and x must be restored
-    from its crop. That has 0.5 to 0.85 of the image's side, is turned by up to 10 degrees, and lies
-    anywhere inside.
-    """
+    """What the lesions are to replace [P]: a crop of 0.5 to 0.85 of the side, turned by up to 10
+    degrees [D], which moves the anatomy. The mask stays empty, so L_cate is 0."""
     draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
     side, angle = 0.5 + 0.35 * draws[:, :1], (2 * draws[:, 1:2] - 1) * math.pi / 18    # (B, 1)
     cos, sin = side * angle.cos(), side * angle.sin()
@@ -848,8 +830,7 @@ def pretrain(args):
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes "
                          f"with --grad-accum {args.grad_accum}: make it a multiple of both")
     if world > 1:
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(hours=4))
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     try:                                           # the system frees the lock of a dead process
@@ -879,11 +860,7 @@ def train(args, rank, world):
                                  "to go on with it, else name another --out")
 
     refuse_another_run()
-    if rank:
-        torch.distributed.barrier()                # until the first process has filled the cache
     data = load_radiographs(args)
-    if world > 1 and not rank:
-        torch.distributed.barrier()
     normals = data.train[~data.labels[data.train].any(1)]
     print(f"preset {args.preset} on {world} x {device}, in {out}: pre-training on {len(normals)} "
           f"images; left out: {len(data.train) - len(normals)} with findings, {len(data.test)} "
