@@ -33,6 +33,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import io
@@ -432,7 +433,10 @@ def read_csv(file, columns):
     """-> a dictionary for each line, with these columns at the least."""
     text = Path(file).read_text("utf-8-sig", errors="replace")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    except csv.Error:                              # a quotation mark that is never closed
+        rows = []
     if not rows or any(row.get(column) is None for row in rows for column in columns):
         raise InputError(f"{file} needs the columns {', '.join(columns)} in every line")
     return rows
@@ -441,10 +445,14 @@ def read_list(file):
     """The field's lists, `relative/path 0 1 0 ...`: -> {name: set of findings}."""
     text = file.read_text("utf-8-sig", errors="replace")
     lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
-    if len({len(flags.split()) for _, flags in lines}) > 1:
-        raise InputError(f"--data {file}: give every line as many zeros and ones")
-    return {name: {f"finding_{i}" for i, flag in enumerate(flags.split(), 1) if flag == "1"}
-            for name, flags in lines}
+    found = {}
+    for name, flags in lines:
+        if len(flags.split()) != len(lines[0][1].split()):
+            raise InputError(f"{file}: {name} has {len(flags.split())} labels, the first line "
+                             f"{len(lines[0][1].split())}: give every line as many zeros and ones")
+        found.setdefault(name, set()).update(
+            f"finding_{i}" for i, flag in enumerate(flags.split(), 1) if flag == "1")
+    return found
 
 def find_images(data, root=None, labels=None, test_fraction=0.2):
     """What --data, --root and --labels name: -> records as in Radiographs.
@@ -453,42 +461,46 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
     told by --labels or by the names of ChestX-ray14, CheXpert, MIMIC-CXR and Kermany et al.
     """
     kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
+    split = "train", "val", "test"
     if data.is_file() and data.suffix.lower() not in (*kinds, ".csv"):
         root, found = Path(root or data.parent), read_list(data)
     else:
-        names = [path.relative_to(data).as_posix() for path in sorted(data.rglob("*"))
-                 if path.suffix.lower() in kinds]
-        root, found = data, {name: set() for name in names}
-        # The classes are the folders beside the one of the normal images.
-        folders = [name.split("/")[:-1] for name in names]
-        level = next((parts.index(each) for parts in folders for each in parts
-                      if is_normal(each)), None)
-        if level is not None:
-            for name, parts in zip(names, folders):
-                found[name] = {each for each in parts[level:level + 1] or ["unsorted"]
-                               if not is_normal(each)}
+        root, found = data, {path.relative_to(data).as_posix(): set()
+                             for path in sorted(data.rglob("*")) if path.suffix.lower() in kinds}
+        # Classes are the folders of normal images and those beside, in whatever part of a split.
+        folders = {name: [part for part in name.split("/")[:-1] if part.lower() not in split]
+                   for name in found}
+        above = {tuple(parts[:i]) for parts in folders.values() for i, part in enumerate(parts)
+                 if is_normal(part)}
+        for name, parts in folders.items() if above else ():
+            below = [part for i, part in enumerate(parts) if tuple(parts[:i]) in above]
+            found[name] = {part for part in below[-1:] or ["unsorted"] if not is_normal(part)}
     records = [{"name": name, "path": root / name, "findings": each}
                for name, each in found.items()]
     if labels:
-        rows = {row["image"]: row for row in read_csv(labels, ["image", "findings"])}
-        told = [(record, rows.get(record["name"]) or rows.get(record["path"].name))
-                for record in records]
-        records = [{**record, "patient": row.get("patient"),
-                    "findings": {each.strip() for each in row["findings"].split("|")
-                                 if not is_normal(each)}} for record, row in told if row]
-        print(f"{labels} tells of {len(records)} of {len(told)} images; the others are left out")
+        told = {}
+        for row in read_csv(labels, ["image", "findings"]):
+            fact = told.setdefault(row["image"], {"patient": row.get("patient"), "findings": set()})
+            fact["findings"] |= {finding.strip() for finding in row["findings"].split("|")
+                                 if not is_normal(finding)}
+        n, facts = len(records), [told.get(record["name"]) or told.get(record["path"].name)
+                                  for record in records]
+        records = [{**record, **fact} for record, fact in zip(records, facts) if fact]
+        print(f"{labels} tells of {len(records)} of {n} images; the others are left out")
     if not records:
         raise InputError(f"--data {data} " + ("is" if data.exists() else "is not there:")
                          + " no folder or list of PNG, JPEG, BMP, TIFF or DICOM files"
-                         + (f" that {labels} tells of" if labels else ""))
+                         + (f" that {labels} tells of" if labels else "")
+                         + ": name the folder of images or a list, and a CSV with --labels")
     dicom = any(record["path"].suffix.lower() == ".dcm" for record in records)
     if dicom and not importlib.util.find_spec("pydicom"):
         raise InputError(f"--data {data} has DICOM files: `pip install pydicom` to read them")
-    split = set().union(*(record["name"].split("/") for record in records)) >= {"train", "test"}
-    for record in records:
+    sides = [[part for part in record["name"].lower().split("/")[:-1] if part in split][-1:]
+             for record in records]
+    for record, side in zip(records, sides):
         guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
         record["patient"] = record.get("patient") or (guess[0] if guess else record["name"])
-        record["test"] = ("test" in record["name"].split("/") if split else
+        record["test"] = (side == ["test"] if ["train"] in sides and ["test"] in sides else
                           zlib.crc32(record["patient"].encode()) % 1000 < 1000 * test_fraction)
     return records
 
@@ -544,7 +556,7 @@ def cached_images(paths, size, cache, equal=False):
             return f"{type(error).__name__}: {error}"
 
     cache.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / ".lock"):
+    with contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / f"{key}.lock"):
         if not file.exists():
             images = np.lib.format.open_memmap(partial, "w+", np.uint8,
                                                (len(paths), 1, size, size))
@@ -558,12 +570,15 @@ def cached_images(paths, size, cache, equal=False):
                                  f"others fail ({failed[0]})")
             status.write_text(json.dumps(failed))
             partial.replace(file)
-    failed = json.loads(status.read_text())
+    try:
+        failed, images = json.loads(status.read_text()), np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:       # a power cut may leave them empty
+        raise InputError(f"{file} or {status.name} is damaged: delete both") from error
     left_out = [str(path) for path, reason in zip(paths, failed) if reason]
     if left_out:
         print(f"{len(left_out)} of {len(paths)} files cannot be read and are left out, the first: "
               + ", ".join(left_out[:9]))
-    return np.load(file, mmap_mode="r"), np.array([reason is None for reason in failed])
+    return images, np.array([reason is None for reason in failed])
 
 def load_radiographs(args):
     """The images that --data names, or phantoms: -> Radiographs."""
@@ -830,7 +845,8 @@ def pretrain(args):
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes "
                          f"with --grad-accum {args.grad_accum}: make it a multiple of both")
     if world > 1:
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=4))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     try:                                           # the system frees the lock of a dead process

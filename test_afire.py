@@ -768,6 +768,23 @@ def test_class_folders_tell_findings_and_split(tmp_path, above):
     assert np.array_equal(image, np.roll(GREY, 4)), "image and name go together"
 
 
+@pytest.mark.parametrize("normal, sick, test", [
+    (["Train/Normal/a.png", "Test/normal/b.png"], ["Train/Mass/c.png"], ["Test/normal/b.png"]),
+    (["train/NORMAL/a.png", "test/NORMAL/b.png", "set/set/test/NORMAL/d.png"],
+     ["set/set/train/MASS/e.png"], ["test/NORMAL/b.png", "set/set/test/NORMAL/d.png"]),
+    (["A/NORMAL/a.png", "B/deep/NORMAL/b.png"], ["A/MASS/c.png", "B/deep/MASS/d.png"], None),
+    (["NORMAL/a.png", "NORMAL/p1/MASS/b.png"], ["MASS/p2/c.png", "d.png"], None),
+    (["test/cxr/train/NORMAL/a.png", "test/cxr/test/NORMAL/b.png"], ["test/cxr/train/MASS/c.png"],
+     ["test/cxr/test/NORMAL/b.png"])])
+def test_class_folders_may_lie_anywhere(tmp_path, normal, sick, test):
+    save_images(tmp_path, *normal, *sick)
+    records = afire.find_images(tmp_path)
+    assert {record["name"] for record in records if not record["findings"]} == set(normal)
+    assert {record["name"] for record in records if record["findings"]} == set(sick)
+    if test:
+        assert {record["name"] for record in records if record["test"]} == set(test)
+
+
 def test_a_list_file_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
     files = [f"{patient:08}_{view:03}.png" for patient in range(12) for view in range(3)]
     save_images(tmp_path / "images", *files)
@@ -777,6 +794,8 @@ def test_a_list_file_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
     for name, label in zip(names(data), data.labels, strict=True):
         assert " ".join(str(int(each)) for each in label) == flags[name]
     assert_split_by_patient(data, lambda name: name[:8], 12)
+    (tmp_path / "list.txt").write_text("a b.png 1 0\r\na b.png 0 0")   # told twice, a finding stays
+    assert afire.read_list(tmp_path / "list.txt") == {"a b.png": {"finding_1"}}
 
 
 def test_a_csv_gives_labels_and_keeps_a_patient_in_one_split(tmp_path):
@@ -795,7 +814,7 @@ def test_messy_labels(tmp_path, capsys):
     """A byte order mark, semicolons, images without label, labels without image, duplicates."""
     save_images(tmp_path, *(f"{i}.png" for i in range(6)))
     lines = ["image;findings;patient", *(f"{i}.png;{'MASS' if i == 1 else 'No Finding'};p{i % 2}"
-                                         for i in range(4)), "9.png;MASS;p9", "1.png;MASS|EDEMA;p1"]
+                                         for i in range(4)), "9.png;MASS;p9", "1.png;EDEMA;p1"]
     (tmp_path / "labels.csv").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     data = load(tmp_path, labels=str(tmp_path / "labels.csv"), test_fraction=0.5)
     assert "4 of 6 images" in capsys.readouterr().out
@@ -864,6 +883,17 @@ def test_the_cache_is_read_again_and_renewed_when_a_file_changes(tmp_path):
     Image.fromarray(GREY.T).save(tmp_path / "b.bmp")                   # of the same size in bytes
     images, after = read()
     assert images == [GREY.tolist(), GREY.T.tolist()] and set(after) > set(before)
+
+
+def test_a_cache_that_a_power_cut_has_emptied_is_one_sentence(tmp_path):
+    save_images(tmp_path, "a.png")
+    for kind in "npy", "json":
+        afire.cached_images([tmp_path / "a.png"], 24, tmp_path / "cache")
+        for file in (tmp_path / "cache").glob(f"*.{kind}"):
+            file.write_bytes(b"")
+        with pytest.raises(afire.InputError, match="delete both"):
+            afire.cached_images([tmp_path / "a.png"], 24, tmp_path / "cache")
+        shutil.rmtree(tmp_path / "cache")
 
 
 def test_what_cannot_be_read_at_all_is_tried_again(tmp_path):
@@ -1405,7 +1435,7 @@ def same_run(a, b, tolerance):
 
 def test_two_processes_train_as_one_and_one_goes_on_from_there(run, radiographs, tmp_path):
     """L_cate contrasts tokens of images that lie in different processes: all must be gathered."""
-    command = pretraining(radiographs, tmp_path)
+    command = [*pretraining(radiographs, tmp_path), "--cache", str(tmp_path)]
     told = processes(2, command)
     assert told.count("pre-training on") == 1, "one of them speaks"
     same_run(tmp_path, run, 1e-5)
@@ -1637,6 +1667,7 @@ MISTAKES = {
     "boxes of phantoms": "eval --ckpt {run} --boxes {tmp}/boxes.csv",
     "boxes without findings": "eval --ckpt {run} --data {tmp}/fine --boxes {tmp}/boxes.csv",
     "an image for a folder": "pretrain --data {tmp}/fine/a.png",
+    "labels with an open quotation": "pretrain --data {tmp}/fine --labels {tmp}/open.csv",
     "labels for a list": "pretrain --data {tmp}/odd.csv",
     "an empty batch": "pretrain --data {tmp}/fine --batch-size 0",
     "no such checkpoint": "eval --ckpt {tmp}/nowhere",
@@ -1652,6 +1683,7 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, run, capsys, monkeypatch, mist
     for file in "sick/NORMAL/b.png", "broken/a.png":
         (tmp_path / file).write_bytes(b"no image at all")
     (tmp_path / "odd.csv").write_text("file,label\na.png,1\n")
+    (tmp_path / "open.csv").write_text("image,findings\na.png,\"" + 200_000 * "x")
     save_images(tmp_path, "cases/MASS/c.png", *(f"cases/NORMAL/{i}.png" for i in range(20)))
     (tmp_path / "boxes.csv").write_text("image,finding,x,y,w,h\nc.png,MASS,1,2,wide,3\n")
     (tmp_path / "other.csv").write_text("image,finding,x,y,w,h\nd.png,MASS,1,2,3,4\n")
