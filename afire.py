@@ -1123,7 +1123,7 @@ def linear_probe(train_x, train_y, test_x, penalty=10.0):
     weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
     return ((test_x - mean) / std @ weight + y.mean(0)).numpy()
 
-def finetune(model, data, rows, device, steps=100, batch_size=32, lr=1e-3):
+def finetune(model, data, rows, device, steps, batch_size=32, lr=1e-3):
     """Trains a copy of the teacher's blocks, and a linear layer on its mean token, on labels [P].
 
     It sees these rows of data. Returns scores (T, F) of the test images. The recipe is ours [D].
@@ -1388,7 +1388,7 @@ def evaluate_model(model, data, fit, sets, pairs, options):
     ways = {"linear": (5, lambda rows: linear_probe(
         features[rows], data.labels[rows], features[data.test]))}
     if options.finetune:
-        ways["finetune"] = 3, lambda rows: finetune(model, data, rows, device)
+        ways["finetune"] = 3, lambda rows: finetune(model, data, rows, device, options.finetune)
     report, samples, maps = {way: {} for way in ways}, {}, {}
     for way, (draws, predict) in ways.items():
         for percent in 1, 10, 100:
@@ -1593,8 +1593,9 @@ def parse_arguments(argv=None):
     add("--ckpt", help="checkpoint.pth or its folder (the last run's)")
     add("--out", dest="results", help="folder for the results (eval, in the run's)")
     add("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
-    add("--finetune", action="store_true",
-        help="also train all blocks of the encoder on the labels, which takes minutes")
+    add("--finetune", nargs="?", type=int, const=100, default=0, metavar="STEPS",
+        help="also train all blocks of the encoder on the labels: for so many steps, 100 if no "
+        "number is given, which takes minutes")
     add = train.add_argument
     add("--init", help="checkpoint that the encoder starts from")
     add("--compile", action="store_true", help="torch.compile the networks")
@@ -1616,6 +1617,8 @@ def parse_arguments(argv=None):
                          description=text + three if part is train else text)
     args = parser.parse_args(argv)
     if args.verb == "eval":
+        if args.finetune < 0:
+            parser.error(f"--finetune {args.finetune} is negative: choose a number of steps")
         return args
     args.preset = args.preset or ("phantoms" if not args.data else
                                   "paper" if args.device.type == "cuda" else "small")

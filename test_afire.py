@@ -1356,16 +1356,15 @@ def test_eval_writes_metrics_and_figures(run):
         assert -1 <= each["cohesion"] <= 1
 
 
-def test_eval_finetunes_localises_and_pairs(run, radiographs, tmp_path, monkeypatch, capsys):
+def test_eval_finetunes_localises_and_pairs(run, radiographs, tmp_path, capsys):
     """By another name of the images: boxes are asked for on data of labels, test and train."""
     rows = [f"{file.name},x,{x},5,20,30" for x, file in enumerate(
         sorted(radiographs.glob("test/EFFUSION/*.png")))]
     (tmp_path / "boxes.csv").write_text("\n".join(["image,finding,x,y,w,h", *rows]))
-    monkeypatch.setattr(afire, "finetune", functools.partial(afire.finetune, steps=2))
     out = tmp_path / "run"
     shutil.copytree(run, out)
     afire.main(["eval", "--ckpt", str(out), "--boxes", str(tmp_path / "boxes.csv"), "--finetune",
-                "--device", "cpu"])
+                "2", "--device", "cpu"])
     told = capsys.readouterr().out
     report = json.loads((out / "eval/metrics.json").read_text())
     samples = json.loads((out / "eval/samples.json").read_text())
@@ -1662,6 +1661,7 @@ MISTAKES = {
     "a fraction above one": "pretrain --keep 1.5",
     "a momentum above one": "pretrain --teacher-momentum 7",
     "a rate that is no number": "pretrain --lr nan",
+    "fine-tuning backwards": "eval --ckpt {run} --finetune -5",
     "a negative seed": "pretrain --seed -1",
     "boxes of other images": "eval --ckpt {run} --data {tmp}/cases --boxes {tmp}/other.csv",
     "boxes of phantoms": "eval --ckpt {run} --boxes {tmp}/boxes.csv",
