@@ -427,7 +427,8 @@ class Radiographs:
 
 def is_normal(name):
     """Does a folder or a label of this name mean "no finding"?"""
-    return re.sub(r"[\W_]", "", name.lower()).rstrip("s") in ("", "normal", "nofinding", "healthy")
+    return re.sub(r"[\W_]", "", name.lower()).removesuffix("s") in (
+        "", "normal", "nofinding", "healthy")
 
 def read_csv(file, columns):
     """-> a dictionary for each line, with these columns at the least."""
@@ -445,13 +446,14 @@ def read_list(file):
     """The field's lists, `relative/path 0 1 0 ...`: -> {name: set of findings}."""
     text = file.read_text("utf-8-sig", errors="replace")
     lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
+    lines = [(name, flags.split()) for name, flags in lines]
     found = {}
     for name, flags in lines:
-        if len(flags.split()) != len(lines[0][1].split()):
-            raise InputError(f"{file}: {name} has {len(flags.split())} labels, the first line "
-                             f"{len(lines[0][1].split())}: give every line as many zeros and ones")
+        if len(flags) != len(lines[0][1]):
+            raise InputError(f"{file}: {name} has {len(flags)} labels, the first line "
+                             f"{len(lines[0][1])}: give every line as many zeros and ones")
         found.setdefault(name, set()).update(
-            f"finding_{i}" for i, flag in enumerate(flags.split(), 1) if flag == "1")
+            f"finding_{i}" for i, flag in enumerate(flags, 1) if flag == "1")
     return found
 
 def find_images(data, root=None, labels=None, test_fraction=0.2):
@@ -483,10 +485,9 @@ def find_images(data, root=None, labels=None, test_fraction=0.2):
             fact = told.setdefault(row["image"], {"patient": row.get("patient"), "findings": set()})
             fact["findings"] |= {finding.strip() for finding in row["findings"].split("|")
                                  if not is_normal(finding)}
-        n, facts = len(records), [told.get(record["name"]) or told.get(record["path"].name)
-                                  for record in records]
+        facts = [told.get(record["name"]) or told.get(record["path"].name) for record in records]
         records = [{**record, **fact} for record, fact in zip(records, facts) if fact]
-        print(f"{labels} tells of {len(records)} of {n} images; the others are left out")
+        print(f"{labels} tells of {len(records)} of {len(facts)} images; the others are left out")
     if not records:
         raise InputError(f"--data {data} " + ("is" if data.exists() else "is not there:")
                          + " no folder or list of PNG, JPEG, BMP, TIFF or DICOM files"
