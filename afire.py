@@ -2,9 +2,9 @@
 """AFiRe: anatomy-driven self-supervised learning for fine-grained representation of radiographs.
 
 A single-file reference implementation of Liu, He, Wen, Yang and Chen, AAAI 2025 (arXiv:2504.10972).
-A Vision Transformer is pre-trained on *normal* chest radiographs only, by two tasks on tokens:
-(I) one position shows the same anatomy in every patient, so a token is contrasted with its
-position's prototype; (II) synthetic lesions are added to the image, and must be restored away.
+A Vision Transformer is pre-trained on *normal* chest radiographs only, with two tasks on tokens:
+(I) a position shows the same anatomy in every patient, so its tokens are contrasted with a
+prototype of that position; (II) synthetic lesions are added to the image and restored away.
 
                         teacher: moving average of the student
     x  normal --------> encoder --E^T--> head --Q^T--> mean over images --> P --Sinkhorn--> C
@@ -13,7 +13,7 @@ position's prototype; (II) synthetic lesions are added to the image, and must be
     |                                                                       |               |
     x' ---------------> encoder --E^S--> head --Q^S-------------------------+---------------+
                         student   |
-                                  +--> tokens under M hidden --> decoder --> Task II: L_rest to x
+                                  +--> tokens under M masked --> decoder --> Task II: L_rest to x
 
     x, x'     normal radiograph, and the same with lesions          (B, 1, H, W) in [0, 1]
     M         synthetic lesion mask: what was added to x            (B, 1, H, W) in [0, 1]
@@ -28,68 +28,61 @@ In docstrings [P] is what the paper says, [R] what the authors' released code do
 """
 
 import argparse
+import collections
 import concurrent.futures
-import contextlib
 import copy
 import csv
 import dataclasses
-import datetime
 import hashlib
-import importlib.util
-import io
 import json
 import math
 import os
-import re
-import signal
 import sys
-import tempfile
-import time
-import warnings
 import zlib
 from pathlib import Path
 
-import filelock                         # torch needs it, as matplotlib needs Pillow
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+import torchvision.transforms.v2.functional as TF
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-__version__ = "1.0.0"
 
 # ---- Synthetic lesion mask (Fig. 2, left) --------------------------------------------------------
 
 def otsu_threshold(levels):
-    """The grey level up to which pixels are dark (Otsu, 1979): (B, H, W) in 0..255 -> (B,)."""
+    """Otsu's threshold (1979), brighter pixels are foreground: (B, H, W) in 0..255 -> (B,)."""
     levels = levels.flatten(1)                                                 # (B, H * W)
     counts = torch.zeros(len(levels), 256, device=levels.device)
     counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
-    n = counts.cumsum(1)                                                       # pixels so far
+    n = counts.cumsum(1)                                       # pixels up to a level, (B, 256)
     s = (counts * torch.arange(256, device=levels.device)).cumsum(1)           # their sum
-    n_all, mean = n[:, -1:], s[:, -1:] / n[:, -1:]                             # (B, 1) each
-    between_classes = (mean * n - s) ** 2 / (n * (n_all - n)).clamp_min(1)     # (B, 256)
+    n_all = n[:, -1:]
+    mean = s[:, -1:] / n_all
+    between_classes = (mean * n - s) ** 2 / (n * (n_all - n)).clamp_min(1)     # variance, (B, 256)
     return between_classes.argmax(1)
 
+
 def largest_region(bright, rounds=8):
-    """The largest 8-connected region of each image: (B, H, W) bool -> (B, H, W) bool."""
-    # The pixels of a 2 x 2 block all touch: it is one node, and points to a node of its region. A
-    # round hands the largest pointer on to the neighbours and to whom they pointed, then follows
-    # pointers (radiographs take 4 rounds, the worst maze 7). A dark rim is there as roll wraps.
+    """The 8-connected region of most pixels [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
+    # Connected components by pointer jumping between blocks of 2 x 2 pixels, which all touch: a
+    # block takes the largest pointer around it and its root's. The worst maze tried needs 7 rounds.
     B, H, W = bright.shape
-    blocks = F.pixel_unshuffle(F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2)).unsqueeze(1), 2)
-    h, w = blocks.shape[2:]                                                    # of (B, 4, h, w)
+    padded = F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2))       # zeros, since `roll` wraps around
+    blocks = F.pixel_unshuffle(padded.unsqueeze(1), 2)                         # (B, 4, h, w)
+    h, w = blocks.shape[2:]
     nw, ne, sw, se = blocks.flatten(2).unbind(1)                               # (B, h * w) each
-    links = [(step, (near & far.roll(-step, 1)).int()) for step, near, far in (
-        (1, ne | se, nw | sw), (w, sw | se, nw | ne), (w + 1, se, nw), (w - 1, sw, ne))]
+    neighbours = ((1, ne | se, nw | sw), (w, sw | se, nw | ne), (w + 1, se, nw), (w - 1, sw, ne))
+    links = [(step, (near & far.roll(-step, 1)).int()) for step, near, far in neighbours]
     pointer = torch.arange(h * w, device=bright.device).expand(B, -1)          # (B, h * w)
     for _ in range(rounds):
         best = pointer.int()                                                   # faster than long
-        for step, touch in links:
-            best = torch.maximum(best, (best * touch).roll(step, 1))
-            best = torch.maximum(best, best.roll(-step, 1) * touch)
+        for step, touching in links:
+            best = torch.maximum(best, (best * touching).roll(step, 1))
+            best = torch.maximum(best, best.roll(-step, 1) * touching)
         pointer = best.scatter_reduce(1, pointer, best, "amax").long()
         pointer = pointer.gather(1, pointer)
         pointer = pointer.gather(1, pointer)
@@ -97,64 +90,86 @@ def largest_region(bright, rounds=8):
     largest = pointer == size.argmax(1, keepdim=True)                          # (B, h * w)
     return F.pixel_shuffle(blocks & largest.view(B, 1, h, w), 2)[:, 0, :H, :W]
 
+
 def enclosing_circle_centre(region, steps=80):
     """The centre of the smallest circle around each region: (B, H, W) bool -> (B, 2), y and x."""
-    # Badoiu and Clarkson (2003): go towards the farthest point, by less each time; 80 steps end
+    # Badoiu and Clarkson (2003): step i moves 1/i of the way to the farthest point; 80 steps end
     # within 2.5 px at 224. The farthest point is the first or the last of its row.
     B, H, W = region.shape
-    y, x = (torch.arange(side, device=region.device, dtype=torch.float) for side in (H, W))
-    ends = torch.where(region, x, W).amin(2), torch.where(region, x, -1).amax(2)   # (B, H) each
-    points = torch.complex(torch.cat(ends, 1), y.repeat(B, 2))                 # (B, 2H), x + iy
-    inside = region.any(2).repeat(1, 2)                                        # (B, 2H)
+    row = torch.arange(H, device=region.device, dtype=torch.float)
+    column = torch.arange(W, device=region.device, dtype=torch.float)
+    first = torch.where(region, column, W).amin(2)                             # (B, H)
+    last = torch.where(region, column, -1).amax(2)                             # (B, H)
+    points = torch.stack([row.repeat(B, 2), torch.cat([first, last], 1)], 2)   # (B, 2H, 2)
+    inside = region.any(2).repeat(1, 2).unsqueeze(2)                           # (B, 2H, 1)
     centre = (points * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
-    points = torch.where(inside, points, centre)
+    points = torch.where(inside, points, centre)                               # no row: no effect
     for i in range(2, steps + 2):
-        farthest = points.gather(1, (points - centre).abs().argmax(1, keepdim=True))
-        centre = centre + (farthest - centre) / i                              # (B, 1)
-    return torch.cat([centre.imag, centre.real], 1)
+        distance = (points - centre).square().sum(2)                           # (B, 2H)
+        farthest = distance.argmax(1).view(B, 1, 1).expand(B, 1, 2)
+        centre = centre + (points.gather(1, farthest) - centre) / i            # (B, 1, 2)
+    return centre.squeeze(1)
 
-def synthetic_lesion_mask(images, generator=None, first=0):
-    """Adds 1 to 4 synthetic lesions to each image [P: Fig. 2; R: the numbers; D: what is clipped].
+
+def texture_centre(images):
+    """The largest bright region's centre [P: Fig. 2; R]: (B, 1, H, W) in [0, 1] -> (B, 2), y, x."""
+    levels = (images.squeeze(1).float() * 255).round().long()                  # (B, H, W)
+    bright = levels > otsu_threshold(levels).view(-1, 1, 1)
+    return enclosing_circle_centre(largest_region(bright))
+
+
+def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
+    """Adds 1 to 4 synthetic lesions to each image [P: Fig. 2; R: the numbers].
 
     A lesion is the image's own tissue under an elliptical Gaussian, resized and added elsewhere.
-    Unlike a crop or an affine transform it leaves the anatomy at every position in place.
-    images (B, 1, H, W) in [0, 1] -> lesioned and mask, alike; lesioned == images where mask == 0.
-    The generator, on any device, draws as for a batch in which `first` images come before these.
+    Only lesion pixels are clipped at 235 / 255, and none is darkened [D; R: the whole image].
+
+    images (B, 1, H, W) in [0, 1]; centre (B, 2) as from texture_centre, computed if not given;
+    offset: index of the first image in a larger batch for which the generator draws.
+    Returns lesioned x' and mask M, both shaped like images; x' == x where M == 0.
     """
     B, _, H, W = images.shape
-    device, grey = images.device, images.squeeze(1).float()                    # (B, H, W)
-    # Texture: the 60 x 60 pixels around the centre of the largest bright region, inside the image.
-    h, w = (max(1, round(60 * side / 224)) for side in (H, W))                 # sizes are at 224 px
-    levels = (grey * 255).round().long()                                       # (B, H, W)
-    bright = levels > otsu_threshold(levels).view(B, 1, 1)                     # (B, H, W)
-    y, x = enclosing_circle_centre(largest_region(bright)).unbind(1)           # (B,) each
-    y, x = (y - h / 2).round().clamp(0, H - h), (x - w / 2).round().clamp(0, W - w)
-    crops = grey.unfold(1, h, 1).unfold(2, w, 1)                               # (B, y, x, h, w)
-    texture = crops[torch.arange(B, device=device), y.long(), x.long()]        # (B, h, w)
-    v, u = (torch.linspace(-1, 1, side, device=device) for side in (h, w))
-    window = torch.exp(-(u ** 2 + v.unsqueeze(1) ** 2) / 0.5)                  # (h, w)
+    device = images.device
+    grey = images.squeeze(1).float()                                           # (B, H, W)
+    if centre is None:
+        centre = texture_centre(images)
+
+    # Texture: the 60 x 60 px around the centre, shifted to lie inside the image. Sizes are at 224.
+    h = max(1, round(60 * H / 224))
+    w = max(1, round(60 * W / 224))
+    top = (centre[:, 0] - h / 2).round().clamp(0, H - h).long()                # (B,)
+    left = (centre[:, 1] - w / 2).round().clamp(0, W - w).long()
+    crops = grey.unfold(1, h, 1).unfold(2, w, 1)               # a view, (B, H-h+1, W-w+1, h, w)
+    texture = crops[torch.arange(B, device=device), top, left]                 # (B, h, w)
+    v = torch.linspace(-1, 1, h, device=device).unsqueeze(1)
+    u = torch.linspace(-1, 1, w, device=device)
+    window = torch.exp(-(u ** 2 + v ** 2) / 0.5)                               # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
 
     def resize_and_place(size, start, source, length):
-        """One axis of the lesions, drawn in [0, 1), as a bilinear matrix (B, 4, length, source)."""
-        smallest, largest = (max(1, round(side * length / 224)) for side in (16, 128))
-        size = smallest + (size * (largest - smallest + 1)).floor()            # (B, 4, 1)
-        start = (start * (length - size + 1)).floor()                          # (B, 4, 1)
+        """One axis of the lesions, size and start in [0, 1): -> bilinear (B, 4, length, source)."""
+        smallest = max(1, round(16 * length / 224))
+        largest = max(1, round(128 * length / 224))
+        size = smallest + (size * (largest - smallest + 1)).floor()            # in pixels
+        start = (start * (length - size + 1)).floor()
         pixel = torch.arange(length, device=device) - start                    # (B, 4, length)
         position = ((pixel + 0.5) * source / size - 0.5).clamp(0, source - 1)  # in the texture
-        offset = position.unsqueeze(3) - torch.arange(source, device=device)
-        return (1 - offset.abs()).clamp_min(0) * ((pixel >= 0) & (pixel < size)).unsqueeze(3)
+        distance = position.unsqueeze(3) - torch.arange(source, device=device)
+        inside = (pixel >= 0) & (pixel < size)
+        return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
 
-    draws = torch.rand(first + B, 4, 5, generator=generator,
+    draws = torch.rand(offset + B, 4, 5, generator=generator,
                        device=generator.device if generator else device)
-    height, width, top, left, number = draws[first:].to(device).unsqueeze(3).unbind(2)  # (B, 4, 1)
+    height, width, y, x, number = draws[offset:].to(device).unsqueeze(3).unbind(2)  # (B, 4, 1)
     exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
-    rows = resize_and_place(height, top, h, H) * exists.unsqueeze(3)           # (B, 4, H, h)
-    columns = resize_and_place(width, left, w, W)                              # (B, 4, W, w)
+    rows = resize_and_place(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
+    columns = resize_and_place(width, x, w, W)                                 # (B, 4, W, w)
     with torch.autocast(device.type, enabled=False):
         mask = torch.einsum("bnyi,bij,bnxj->byx", rows, 0.5 * window * texture, columns)
     mask = torch.where(mask < 1 / 255, 0, mask.clamp_max(1)).unsqueeze(1)      # (B, 1, H, W)
-    return torch.maximum(images, (images + mask).clamp_max(235 / 255)), mask
+    lesioned = torch.maximum(images, (images + mask).clamp_max(235 / 255))
+    return lesioned, mask
+
 
 # ---- Vision Transformer: names and arithmetic are timm's, positions MAE's ------------------------
 
@@ -162,14 +177,17 @@ def patchify(images, patch_size):
     """(B, C, H, W) -> (B, L, C * p * p), row by row."""
     return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
 
+
 def unpatchify(patches, patch_size):
     """(B, L, C * p * p) -> (B, C, H, W): the exact inverse of patchify, for square images."""
     side = math.isqrt(patches.shape[1])
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), patch_size)
 
+
 def abnormal_tokens(mask, patch_size):
-    """A token is abnormal if there is any lesion in its patch [R]: (B, 1, H, W) -> (B, L) bool."""
+    """A token is abnormal if any lesion is in its patch [R]: (B, 1, H, W) -> (B, L) bool."""
     return patchify(mask, patch_size).amax(2) > 0
+
 
 def sincos_positions(side, dim):
     """MAE's [R]: (1, 1 + L, dim), half for the column, half for the row; 0 for the class token."""
@@ -179,29 +197,56 @@ def sincos_positions(side, dim):
     grid = torch.cat([column, column.transpose(0, 1)], 2).flatten(0, 1)        # (L, dim)
     return F.pad(grid, (0, 0, 1, 0)).float().unsqueeze(0)
 
+
 def init_weights(module):
     """As in MAE: Xavier's uniform for all linear layers, the patch embedding too; zero biases."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
 
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))                # (B, T, 3, h, D / h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, h, T, D / h)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)            # (B, T, h, D / h)
+        return self.proj(x.flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x):
-        qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, h, T, D / h)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)     # (B, T, h, D / h)
-        x = x + self.attn.proj(attended.flatten(2))                            # (B, T, D)
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
 
 class ViT(nn.Module):
     """Vision Transformer [P: ViT-B/16]: (B, C, H, W) -> (B, 1 + L, D), the class token first."""
@@ -209,31 +254,34 @@ class ViT(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12):
         super().__init__()
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)})
+        self.sizes = (img_size, patch_size, in_chans, embed_dim, depth, num_heads)
+        projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_positions(img_size // patch_size, embed_dim), False)
+        positions = sincos_positions(img_size // patch_size, embed_dim)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)          # (1, 1 + L, D)
         self.blocks = nn.Sequential(*[Block(embed_dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, x, seen=None):
-        """seen (B, L) bool: what is encoded, as many tokens in each image [MAE]; the rest is 0."""
-        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                # (B, L, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        if seen is None:
-            return self.norm(self.blocks(x))                                   # (B, 1 + L, D)
-        seen = F.pad(seen, (1, 0), value=True)                                 # (B, 1 + L)
-        few = self.norm(self.blocks(x[seen].unflatten(0, (len(x), -1))))       # (B, 1 + seen, D)
-        return few.new_zeros(x.shape).masked_scatter(seen.unsqueeze(2), few)
+    def forward(self, x, visible=None):
+        """visible (B, V) long: sorted positions to encode, without the others -> (B, 1 + V, D)."""
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)             # (B, L, D)
+        x = x + self.pos_embed[:, 1:]
+        if visible is not None:
+            x = x.gather(1, visible.unsqueeze(2).expand(-1, -1, x.shape[2]))   # (B, V, D)
+        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return self.norm(self.blocks(torch.cat([class_token, x], 1)))
+
 
 class Decoder(nn.Module):
-    """Restores x from tokens (B, 1 + L, D) but those abnormal (B, L) [P; R]: -> (B, C, H, W)."""
+    """Tokens (B, 1 + L, D) to images (B, C, H, W); those in abnormal (B, L) are masked [P; R]."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, encoder_dim=768, embed_dim=512,
                  depth=8, num_heads=16):
         super().__init__()
-        self.patch_size, side = patch_size, img_size // patch_size
+        self.patch_size = patch_size
+        side = img_size // patch_size
         self.embedding = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, side * side, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(side, embed_dim), requires_grad=False)
@@ -249,7 +297,8 @@ class Decoder(nn.Module):
         x = self.image_pred(self.norm(self.blocks(x))[:, 1:])                  # (B, L, C * p * p)
         return unpatchify(x, self.patch_size)
 
-# ---- Projection head (Fig. 3) --------------------------------------------------------------------
+
+# ---- Projection head and spatial-aware prototypes (Fig. 3) ---------------------------------------
 
 class AnatomyHead(nn.Module):
     """Scores each token against K pseudo-clusters of its position [R]: (B, L, D) -> (B, L, K)."""
@@ -258,16 +307,18 @@ class AnatomyHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         self.mlp.apply(init_weights)
 
     def forward(self, tokens):
-        z = F.normalize(self.mlp(tokens).float(), dim=2)   # (B, L, d), in full: no 0 / 0
-        scores = torch.einsum("bld,lkd->blk", z, self.last_layers)             # (B, L, K)
-        return scores / self.last_layers.norm(dim=2)  # norm 1: a cosine; long rows learn slowly [D]
+        z = self.mlp(tokens).float()                                           # (B, L, d)
+        # Float32 also under autocast: a cosine in half precision is off by up to 0.003.
+        with torch.autocast(z.device.type, enabled=False):
+            scores = torch.einsum("bld,lkd->blk", F.normalize(z, dim=2), self.last_layers)
+            return scores / self.last_layers.norm(dim=2)   # cosines; a long row turns slowly [D]
 
-# ---- Spatial-aware prototypes (Fig. 3) -----------------------------------------------------------
 
 def sinkhorn(scores, epsilon=0.05, iterations=3):
     """Sinkhorn-Knopp [R]: scores -> assignment (L, K), rows sum to 1, columns nearly to L / K."""
@@ -277,12 +328,19 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
         log_c = log_c - log_c.logsumexp(1, keepdim=True)
     return log_c.exp()
 
+
 def gather(x):
-    """(B, ...) of each process -> (N * B, ...) of all N, with the gradient; x itself if alone."""
+    """(B, ...) -> (processes * B, ...), of all processes; identity without torch.distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x))
+    world = torch.distributed.get_world_size()
+    parts = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    if x.requires_grad:
+        # The value stays x; its gradient is scaled, as DDP takes the mean over processes.
+        parts[torch.distributed.get_rank()] = x.detach() + world * (x - x.detach())
+    return torch.cat(parts)
+
 
 class SpatialPrototypes(nn.Module):
     """P, a prototype for each position: the running mean of the teacher's scores there [P; R]."""
@@ -298,51 +356,67 @@ class SpatialPrototypes(nn.Module):
         """P <- m P + (1 - m) mean of teacher_logits (B, L, K) over images; at first the mean."""
         mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
         m = self.momentum if momentum is None else momentum
-        self.prototypes.lerp_(mean, torch.where(self.updates > 0, 1 - m, 1.0))  # `if` would wait
+        # torch.where, as a branch on a tensor would synchronise with the GPU.
+        self.prototypes.lerp_(mean, torch.where(self.updates > 0, 1 - m, 1.0))
         self.updates += 1
 
     @torch.no_grad()
     def assignment(self):
-        """C (L, K)."""
+        """C, the soft assignment of each position to the pseudo-clusters: (L, K)."""
         return sinkhorn(self.prototypes)
+
 
 # ---- Losses --------------------------------------------------------------------------------------
 
-def structure_consistency_loss(logits, assignment, abnormal, temperature=0.1):
+def structure_consistency_loss(logits, assignment, normal, temperature=0.1):
     """L_stru: every normal token predicts the clusters of its position [P; R].
 
         - 1 / |N|  sum over (i, j) in N, over k:  C_jk log softmax_k(Q^S_ij / temperature)
 
-    logits (B, L, K), assignment (L, K), abnormal (B, L) bool -> scalar, 0 if no token is normal.
+    logits (B, L, K), assignment (L, K), normal (B, L) bool -> scalar, 0 if no token is normal.
     """
     cross_entropy = -(assignment * F.log_softmax(logits.float() / temperature, 2)).sum(2)  # (B, L)
-    return torch.where(abnormal, 0, cross_entropy).sum() / (~abnormal).sum().clamp_min(1)
+    return torch.where(normal, cross_entropy, 0).sum() / normal.sum().clamp_min(1)
 
-def category_consistency_loss(logits, prototypes, abnormal, seen=True, temperature=0.1):
-    """L_cate: at each position, normal tokens are nearer to the prototype than abnormal ones [D].
+
+def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=0.1):
+    """L_cate: at a position, normal tokens are nearer to the prototype than abnormal ones [D].
 
         s_ij = cos(Q^S_ij, P_j) / temperature
-        mean over normal (i, j) of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
+        mean over (i, j) in N of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
 
-    The paper only names it. Ours is InfoNCE with the prototype as the anchor, normal tokens as
-    positives, abnormal ones as negatives; by their mean, chance is log 2 whatever the batch.
-    Token-to-token contrast stayed at chance: at one position all logits point the same way.
-    logits (B, L, K), prototypes (L, K), abnormal and seen (B, L) bool -> scalar; an unseen token
-    counts for nothing, as does a position of one category.
+    A stand-in, to swap for another form: neither the text at hand nor the released code shows the
+    paper's L_cate. It is InfoNCE with the prototype as the anchor; as it takes the mean of the
+    negatives, it is log 2 if tokens are indistinguishable, for any batch size.
+
+    logits (B, L, K), prototypes (L, K), normal and abnormal (B, L) bool -> scalar. Positions
+    without both kinds of token are ignored; 0 if none is left.
     """
     # eps keeps the gradient at a vector of zeros within the range of half precision.
     s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
-    negative = abnormal & seen                                                 # (B, L)
-    positive = ~abnormal & seen & negative.any(0)                              # (B, L)
-    log_sum = s.masked_fill(~negative & negative.any(0), -math.inf).logsumexp(0)        # (L,)
-    log_mean = log_sum - negative.sum(0).clamp_min(1).log()                    # (L,)
+    contrasted = abnormal.any(0)                                               # (L,)
+    positive = normal & contrasted                                             # (B, L)
+    log_sum = s.masked_fill(~abnormal & contrasted, -math.inf).logsumexp(0)    # (L,)
+    log_mean = log_sum - abnormal.sum(0).clamp_min(1).log()
     return torch.where(positive, F.softplus(log_mean - s), 0).sum() / positive.sum().clamp_min(1)
+
 
 def restoration_loss(restored, target):
     """L_rest: mean squared error over all pixels, lesions or not [R]: equal shapes -> scalar."""
     return F.mse_loss(restored.float(), target.float())
 
+
 # ---- AFiRe (Fig. 2, whole) -----------------------------------------------------------------------
+
+def normalise(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    """Three equal channels, ImageNet's mean and std [R]: (B, 1, H, W) -> (B, 3, H, W)."""
+    return torch.cat([(images - m) / s for m, s in zip(mean, std)], 1)
+
+
+def features(encoder, images):
+    """Patch tokens, as no loss reads the class token: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
+    return encoder(normalise(images))[:, 1:]
+
 
 class AFiRe(nn.Module):
     """Student, teacher (its average), decoder, prototypes; weights of the losses [R: 1 each]."""
@@ -351,1308 +425,1179 @@ class AFiRe(nn.Module):
                  out_dim=256, head_dim=1024, bottleneck_dim=256, decoder_dim=512, decoder_depth=8,
                  decoder_heads=16, weights=(1.0, 1.0, 1.0)):
         super().__init__()
-        self.patch_size, self.weights = patch_size, weights
+        self.patch_size = patch_size
         self.num_patches = (img_size // patch_size) ** 2
-        vit = img_size, patch_size, 3, embed_dim, depth, num_heads
-        head = embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim
-        self.student = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
+        self.weights = weights
+        self.student = nn.ModuleDict({
+            "encoder": ViT(img_size, patch_size, 3, embed_dim, depth, num_heads),
+            "head": AnatomyHead(embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim)})
         self.decoder = Decoder(img_size, patch_size, 3, embed_dim, decoder_dim, decoder_depth,
                                decoder_heads)
-        self.teacher = nn.ModuleDict({"encoder": ViT(*vit), "head": AnatomyHead(*head)})
-        self.teacher.requires_grad_(False).eval().load_state_dict(self.student.state_dict())
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()
-        return self
+    def forward(self, normal, lesioned, mask, prototype_momentum=None, visible=None):
+        """x, x', M, (B, 1, H, W) in [0, 1] -> {"loss", "structure", "category", "restoration"}.
 
-    def normalise(self, images):
-        """Three equal channels, ImageNet's mean and std [R]: (B, 1, H, W) -> (B, 3, H, W)."""
-        return (images - self.mean) / self.std
-
-    @torch.no_grad()
-    def features(self, images):
-        """The teacher's tokens, to be used downstream [R]: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
-        return self.teacher.encoder(self.normalise(images))[:, 1:]
-
-    def forward(self, normal, lesioned, mask, prototype_momentum=None, seen=None):
-        """x, x', M, each (B, 1, H, W) in [0, 1] -> dictionary of the total and the three losses.
-
-        seen (B, L) bool: what the student sees of x' [D]; the rest is restored and not contrasted.
+        In train mode the prototypes are updated first. visible (B, V) long: sorted positions that
+        the student sees [D]; the others become mask tokens, neither normal nor abnormal.
         """
         if self.training:
-            teacher_logits = self.teacher.head(self.features(normal))          # (B, L, K)
+            with torch.no_grad():
+                teacher_tokens = features(self.teacher["encoder"], normal)     # (B, L, D)
+                teacher_logits = self.teacher["head"](teacher_tokens)          # (B, L, K)
             self.prototypes.update(teacher_logits, prototype_momentum)
-        tokens = self.student.encoder(self.normalise(lesioned), seen)          # (B, 1 + L, D)
-        logits = self.student.head(tokens[:, 1:])                              # (B, L, K)
+
+        tokens = self.student["encoder"](normalise(lesioned), visible)         # (B, 1 + V, D)
         abnormal = abnormal_tokens(mask, self.patch_size)                      # (B, L)
-        seen = torch.ones_like(abnormal) if seen is None else seen             # (B, L)
-        restored = self.decoder(tokens, abnormal | ~seen)                      # (B, 3, H, W)
-        logits, abnormal, seen = map(gather, (logits, abnormal, seen))         # of all processes
-        assignment, prototypes = self.prototypes.assignment(), self.prototypes.prototypes   # (L, K)
-        losses = {"structure": structure_consistency_loss(logits, assignment, abnormal | ~seen),
-                  "category": category_consistency_loss(logits, prototypes, abnormal, seen),
-                  "restoration": restoration_loss(restored, self.normalise(normal))}
-        return {"loss": sum(w * loss for w, loss in zip(self.weights, losses.values())), **losses}
+        hidden = torch.zeros_like(abnormal)                                    # (B, L)
+        if visible is not None:
+            hidden = torch.ones_like(abnormal).scatter(1, visible, False)
+            index = F.pad(visible + 1, (1, 0)).unsqueeze(2).expand_as(tokens)  # 0: the class token
+            empty = tokens.new_zeros(len(tokens), 1 + self.num_patches, tokens.shape[2])
+            tokens = empty.scatter(1, index, tokens)                           # (B, 1 + L, D)
+        logits = self.student["head"](tokens[:, 1:])                           # (B, L, K)
+        restored = self.decoder(tokens, abnormal | hidden)                     # (B, 3, H, W)
+
+        logits = gather(logits)                            # task I sees the batch of all processes
+        normal_set = gather(~abnormal & ~hidden)
+        abnormal_set = gather(abnormal & ~hidden)
+        assignment = self.prototypes.assignment()                              # (L, K)
+        structure = structure_consistency_loss(logits, assignment, normal_set)
+        category = category_consistency_loss(logits, self.prototypes.prototypes, normal_set,
+                                             abnormal_set)
+        restoration = restoration_loss(restored, normalise(normal))
+        losses = {"structure": structure, "category": category, "restoration": restoration}
+        total = sum(weight * loss for weight, loss in zip(self.weights, losses.values()))
+        return {"loss": total, **losses}
 
     @torch.no_grad()
     def update_teacher(self, momentum):
         """Teacher <- momentum * teacher + (1 - momentum) * student, encoder and head [R]."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
-                             1 - momentum)
+        for average, parameter in zip(self.teacher.parameters(), self.student.parameters()):
+            average.lerp_(parameter, 1 - momentum)
 
-    @classmethod
-    def from_release(cls, checkpoint):
-        """The authors' whole model, from their {"student": state, "teacher": state} [R]."""
-        return read_release(cls, checkpoint)
 
-# ---- Data: files, labels, boxes ------------------------------------------------------------------
+# ---- Options: declared once, here ----------------------------------------------------------------
 
 class InputError(Exception):
     """Bad input or a bad option, in one sentence with the remedy; the command line exits with 2."""
 
+
+def option(default, text, choices=None, least=0):
+    """A field of a dataclass that is also an option of the command line."""
+    metadata = {"help": text, "choices": choices, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass
-class Radiographs:
-    """n images and what is known of them."""
-    records: list         # n of {"name", "path", "findings": a set, "patient", "test": held out?,
-    #                         and if it is known where the findings are, "mask": (S, S) bool}
-    images: np.ndarray    # (n, 1, S, S) uint8, memory-mapped if they come from files
-    labels: np.ndarray    # (n, F) bool, no column if nothing is known
-    findings: list        # F names
-    train: np.ndarray     # indices of the readable images to train and to fit on,
-    test: np.ndarray      # and of those held out
+class DataOptions:
+    """What both commands have in common."""
+    data: str = option(None, "folder of radiographs; without it, phantoms are drawn")
+    labels: str = option(None, "CSV: image, findings (a|b), and if known patient and split")
+    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto takes the best there is")
 
-def is_normal(name):
-    """Does a folder or a label of this name mean "no finding"?"""
-    return re.sub(r"[\W_]", "", name.lower()).removesuffix("s") in (
-        "", "normal", "nofinding", "healthy")
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = field.metadata.get("least")
+            if field.metadata and isinstance(value, (int, float)) and not value >= least:
+                raise InputError(f"{field.name} {value}: choose at least {least}")
 
-def read_csv(file, columns):
-    """-> a dictionary for each line, with these columns at the least."""
-    text = Path(file).read_text("utf-8-sig", errors="replace")
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    try:
-        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
-    except csv.Error:                              # a quotation mark that is never closed
-        rows = []
-    if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise InputError(f"{file} needs the columns {', '.join(columns)} in every line")
-    return rows
 
-def read_list(file):
-    """The field's lists, `relative/path 0 1 0 ...`: -> {name: set of findings}."""
-    text = file.read_text("utf-8-sig", errors="replace")
-    lines = re.findall(r"^[ \t]*(\S.*?)((?:[ \t]+[01])*)[ \t]*$", text, re.MULTILINE)
-    lines = [(name, flags.split()) for name, flags in lines]
-    found = {}
-    for name, flags in lines:
-        if len(flags) != len(lines[0][1]):
-            raise InputError(f"{file}: {name} has {len(flags)} labels, the first line "
-                             f"{len(lines[0][1])}: give every line as many zeros and ones")
-        found.setdefault(name, set()).update(
-            f"finding_{i}" for i, flag in enumerate(flags, 1) if flag == "1")
-    return found
+@dataclasses.dataclass
+class PretrainOptions(DataOptions):
+    """Pre-train on normal radiographs. The defaults are the release's recipe for one GPU [R]."""
+    out: str = option("runs/afire", "folder of the run; an existing run is resumed")
+    init: str = option(None, "checkpoint that the encoder starts from")
+    preset: str = option(None, "defaults of a kind of run; if not given: phantoms without --data, "
+                         "else paper on a GPU and small elsewhere", ("paper", "small", "phantoms"))
+    arch: str = option("vit_base", "encoder", ("vit_micro", "vit_tiny", "vit_small", "vit_base"))
+    img_size: int = option(224, "side of the square that images are resized to, in pixels", least=1)
+    patch_size: int = option(16, "side of a token's patch, in pixels", least=1)
+    levels: str = option("file", "grey levels as in the file, or equalised", ("file", "equal"))
+    keep: float = option(1.0, "fraction of the tokens of x' that the student sees")
+    epochs: int = option(400, "passes over the normal images", least=1)
+    batch_size: int = option(64, "images in a step, over all processes (release: 1024)", least=1)
+    lr: float = option(5e-4, "peak learning rate for a batch of 256, scaled with it")
+    structure_weight: float = option(1.0, "weight of L_stru; 0 ablates it")
+    category_weight: float = option(1.0, "weight of L_cate; 0 ablates it")
+    restoration_weight: float = option(1.0, "weight of L_rest; 0 ablates it")
+    seed: int = option(0, "of everything random")
+    warmup_epochs: int = 10                    # of linear warm-up; only presets change it
+    teacher_momentum: float = 0.996            # at the start, 1 at the end; only presets change it
 
-def find_images(data, root=None, labels=None, test_fraction=0.2):
-    """What --data, --root and --labels name: -> records as in Radiographs.
 
-    Held out is the folder test beside a folder train, else a fixed part of the patients, who are
-    told by --labels or by the names of ChestX-ray14, CheXpert, MIMIC-CXR and Kermany et al.
-    """
-    kinds = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm"
-    split = "train", "val", "test"
-    if data.is_file() and data.suffix.lower() not in (*kinds, ".csv"):
-        root, found = Path(root or data.parent), read_list(data)
-    else:
-        root, found = data, {path.relative_to(data).as_posix(): set()
-                             for path in sorted(data.rglob("*")) if path.suffix.lower() in kinds}
-        # Classes are the folders of normal images and those beside, in whatever part of a split.
-        folders = {name: [part for part in name.split("/")[:-1] if part.lower() not in split]
-                   for name in found}
-        above = {tuple(parts[:i]) for parts in folders.values() for i, part in enumerate(parts)
-                 if is_normal(part)}
-        for name, parts in folders.items() if above else ():
-            below = [part for i, part in enumerate(parts) if tuple(parts[:i]) in above]
-            found[name] = {part for part in below[-1:] or ["unsorted"] if not is_normal(part)}
-    records = [{"name": name, "path": root / name, "findings": each}
-               for name, each in found.items()]
-    if labels:
-        told = {}
-        for row in read_csv(labels, ["image", "findings"]):
-            fact = told.setdefault(row["image"], {"patient": row.get("patient"), "findings": set()})
-            fact["findings"] |= {finding.strip() for finding in row["findings"].split("|")
-                                 if not is_normal(finding)}
-        facts = [told.get(record["name"]) or told.get(record["path"].name) for record in records]
-        records = [{**record, **fact} for record, fact in zip(records, facts) if fact]
-        print(f"{labels} tells of {len(records)} of {len(facts)} images; the others are left out")
-    if not records:
-        raise InputError(f"--data {data} " + ("is" if data.exists() else "is not there:")
-                         + " no folder or list of PNG, JPEG, BMP, TIFF or DICOM files"
-                         + (f" that {labels} tells of" if labels else "")
-                         + ": name the folder of images or a list, and a CSV with --labels")
-    dicom = any(record["path"].suffix.lower() == ".dcm" for record in records)
-    if dicom and not importlib.util.find_spec("pydicom"):
-        raise InputError(f"--data {data} has DICOM files: `pip install pydicom` to read them")
-    sides = [[part for part in record["name"].lower().split("/")[:-1] if part in split][-1:]
-             for record in records]
-    for record, side in zip(records, sides):
-        guess = re.search(r"patient\d+|person\d+(?=_)|\bp\d{8}\b|\d{8}(?=_\d{3})", record["name"])
-        record["patient"] = record.get("patient") or (guess[0] if guess else record["name"])
-        record["test"] = (side == ["test"] if ["train"] in sides and ["test"] in sides else
-                          zlib.crc32(record["patient"].encode()) % 1000 < 1000 * test_fraction)
-    return records
+PRESETS = {
+    "paper": {},
+    "small": dict(arch="vit_micro", img_size=64, patch_size=8, levels="equal", keep=0.25,
+                  epochs=60, batch_size=32, lr=8e-3, warmup_epochs=3, teacher_momentum=0.99),
+    "phantoms": dict(arch="vit_micro", img_size=64, patch_size=8, epochs=18, batch_size=16,
+                     lr=16e-3, structure_weight=0.2, category_weight=0.2, warmup_epochs=2,
+                     teacher_momentum=0.97)}
 
-def open_image(path):
-    """A Pillow image; of DICOM the pixels as they are meant to be seen, in floating point."""
-    if path.suffix.lower() != ".dcm":
-        return Image.open(path)
-    import pydicom
-    file = pydicom.dcmread(path)
-    pixels = pydicom.pixels.apply_rescale(file.pixel_array, file)
-    pixels = pydicom.pixels.apply_windowing(pixels, file).astype(np.float32)
-    inverted = file.PhotometricInterpretation == "MONOCHROME1"
-    return Image.fromarray(pixels.max() - pixels if inverted else pixels)
 
-def read_image(path, size, equal=False):
-    """One file, squashed: -> (size, size) uint8. Over 8 bits, by its own minimum and maximum.
+@dataclasses.dataclass
+class EvalOptions(DataOptions):
+    """Evaluate an encoder beside the same encoder untrained, on --data or the data of its run."""
+    ckpt: str = option("runs/afire", "folder of a run, or any file that load_encoder reads")
+    out: str = option(None, "folder for the results; if not given: eval in the run's folder")
+    img_size: int = option(None, "side of the images in pixels, if not the encoder's", least=1)
+    finetune: int = option(0, "steps of fine-tuning on the labels, beside the probe")
 
-    equal: its histogram is equalised, as those of MIMIC-CXR-JPG are, on which the paper trains.
-    """
-    with open_image(path) as image:
-        if image.mode[0] in "IF":
-            pixels = np.asarray(image, np.float32)
-            low, high = float(pixels.min()), float(pixels.max())
-            if not math.isfinite(high - low):
-                raise ValueError("not all of its pixels are finite")
-            image = Image.fromarray((pixels - low) * (255 / max(high - low, 1e-6)))
-        else:
-            image.draft("L", (size, size))        # decodes a large JPEG at a fraction of its size
-            image = image.convert("L")
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    pixels = pixels.round().clip(0, 255).astype(np.uint8)
-    if not equal:
-        return pixels
-    counts = np.bincount(pixels.ravel(), minlength=256)                # a level becomes its
-    rank = 255 * (counts.cumsum() - counts / 2) / pixels.size          # mean rank: (256,)
-    return rank.round().astype(np.uint8)[pixels]
 
-def cached_images(paths, size, cache, equal=False):
-    """Files decoded once, in parallel: -> (n, 1, size, size) uint8, memory-mapped; readable (n,).
+def parse_arguments(argv=None):
+    """The command line: -> PretrainOptions or EvalOptions. What is typed overrides the preset."""
+    parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, options, presets in ("pretrain", PretrainOptions, PRESETS), ("eval", EvalOptions, {}):
+        command = commands.add_parser(name, allow_abbrev=False, help=options.__doc__.split("\n")[0])
+        for field in dataclasses.fields(options):
+            if field.metadata:
+                defaults = [str(field.default)]
+                defaults += [f"{preset} {changes[field.name]}"
+                             for preset, changes in presets.items() if field.name in changes]
+                command.add_argument(
+                    "--" + field.name.replace("_", "-"), type=field.type,
+                    choices=field.metadata["choices"], default=argparse.SUPPRESS,
+                    help=f"{field.metadata['help']} ({', '.join(defaults)})")
+    typed = vars(parser.parse_args(argv))                  # SUPPRESS leaves only what was typed
+    if typed.pop("command") == "eval":
+        return EvalOptions(**typed)
+    preset = "paper" if torch.cuda.is_available() and typed.get("device") != "cpu" else "small"
+    preset = preset if typed.get("data") else "phantoms"
+    preset = typed.setdefault("preset", preset)
+    return PretrainOptions(**{**PRESETS[preset], **typed})
 
-    The cache is known by the files' names, sizes and times of change, and by the other options.
-    Where several processes want it, one fills it, and the others wait.
-    """
-    facts = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
-             if path.is_file() else str(path) for path in paths]
-    key = hashlib.sha256(repr((equal, size, facts)).encode()).hexdigest()[:16]
-    file, status, partial = (cache / f"{key}.{kind}" for kind in ("npy", "json", "partial"))
-
-    def decode(image, path):
-        try:
-            image[0] = read_image(path, size, equal)
-        except Exception as error:                # each decoder fails in its own ways
-            return f"{type(error).__name__}: {error}"
-
-    cache.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if file.exists() else filelock.FileLock(cache / f"{key}.lock"):
-        if not file.exists():
-            images = np.lib.format.open_memmap(partial, "w+", np.uint8,
-                                               (len(paths), 1, size, size))
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                done = pool.map(decode, images, paths)
-                failed = list(tqdm(done, "decode", len(paths), unit="image"))
-            images.flush()
-            if all(failed):                       # nothing is kept: a decoder may be missing
-                partial.unlink()
-                raise InputError(f"--data has no image that can be read: {paths[0]} and all "
-                                 f"others fail ({failed[0]})")
-            status.write_text(json.dumps(failed))
-            partial.replace(file)
-    try:
-        failed, images = json.loads(status.read_text()), np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:       # a power cut may leave them empty
-        raise InputError(f"{file} or {status.name} is damaged: delete both") from error
-    left_out = [str(path) for path, reason in zip(paths, failed) if reason]
-    if left_out:
-        print(f"{len(left_out)} of {len(paths)} files cannot be read and are left out, the first: "
-              + ", ".join(left_out[:9]))
-    return images, np.array([reason is None for reason in failed])
-
-def load_radiographs(args):
-    """The images that --data names, or phantoms: -> Radiographs."""
-    if args.data:
-        records = find_images(Path(args.data), args.root, args.labels, args.test_fraction)
-        images, readable = cached_images([record["path"] for record in records], args.img_size,
-                                         Path(args.cache or f"{args.out}/cache"),
-                                         getattr(args, "levels", "file") == "equal")
-    else:
-        images, labels, masks, names = phantoms(2500, args.img_size)
-        readable = np.ones(len(images), bool)
-        records = [{"name": f"phantom {i}", "test": i >= (1 - args.test_fraction) * len(images),
-                    "findings": set(np.array(names)[labels[i]]), "mask": masks[i].any(0)}
-                   for i in range(len(images))]
-    findings = sorted(set().union(*[record["findings"] for record in records]))
-    labels = [[finding in record["findings"] for finding in findings] for record in records]
-    test = np.array([record["test"] for record in records])
-    return Radiographs(records, images, np.array(labels, bool), findings,
-                       np.flatnonzero(~test & readable), np.flatnonzero(test & readable))
-
-def read_boxes(file, data):
-    """Boxes around findings, in pixels of the image, become masks in the records of Radiographs.
-
-    Boxes are few: all images of patients who have one are tested on, wherever the split put them,
-    unless pre-training has seen a normal image of theirs.
-    """
-    records, side = data.records, data.images.shape[-1]
-    readable = [records[row] for row in np.union1d(data.train, data.test)]
-    by_name = {**{record["path"].name: record for record in readable},
-               **{record["name"]: record for record in readable}}
-    boxed = [row for row in read_csv(file, ["image", "finding", "x", "y", "w", "h"])
-             if row["image"] in by_name]
-    for row in boxed:
-        record = by_name[row["image"]]
-        with open_image(record["path"]) as image:
-            scale_x, scale_y = (side / length for length in image.size)
-        try:
-            x, y, w, h = (float(row[key]) for key in "xywh")
-            box = [slice(max(0, math.floor(scale * start)), max(0, math.ceil(scale * end)))
-                   for scale, start, end in ((scale_y, y, y + h), (scale_x, x, x + w))]
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{file}: {row['image']} needs numbers as x, y, w, h") from error
-        record.setdefault("mask", np.zeros((side, side), bool))[tuple(box)] = True
-    if not boxed:
-        raise InputError(f"{file} has no box in an image of --data: its column image must hold "
-                         "names of files in there")
-    moved = ({by_name[row["image"]]["patient"] for row in boxed}
-             - {records[row]["patient"] for row in data.train if not data.labels[row].any()})
-    moved = np.array([records[row]["patient"] in moved for row in data.train], bool)
-    data.train, data.test = data.train[~moved], np.union1d(data.test, data.train[moved])
-
-# ---- Data: phantoms ------------------------------------------------------------------------------
-
-def inside(distance, soft):
-    """A smooth step: 0 where distance < -soft (outside), 1 where distance > soft (inside)."""
-    t = np.clip(0.5 + 0.5 / soft * distance, 0, 1)
-    return t * t * (3 - 2 * t)
-
-def radiograph(rng, size):
-    """One image (size, size) uint8, its labels (F,) bool and its masks (F, size, size) bool."""
-    nodule, effusion, cardiomegaly, pneumothorax = labels = rng.random(4) < 0.16
-    draw, px, grid = rng.uniform, 2 / size, np.arange(size, dtype=np.float32)
-    fine, blur = 0.006 + 0.7 * px, 0.025 + 0.7 * px     # no edge is sharper than a pixel
-    # x to the image's right (the patient's left) and y down, both about -1..1, a little turned
-    turn, zoom, col = draw(-0.07, 0.07), draw(0.93, 1.15), (grid + 0.5) * px - 1
-    row, col = zoom * (col[:, None] + draw(-0.08, 0.08)), zoom * (col + draw(-0.08, 0.08))
-    x, y = col + turn * row, row - turn * col           # (size, size) each
-    a = np.abs(x)                                       # distance from the midline
-    # body: trunk and neck with the shoulders sloping between them; it grows thicker downwards
-    neck, flank = draw(0.2, 0.28), draw(0.84, 1.0) + 0.4 * inside(-0.3 - y, 0.4) + 0.1 * y ** 2 - a
-    shoulder = y - draw(-0.9, -0.8) - draw(0.2, 0.3) * (a - neck) + 4 * np.maximum(neck - a, 0)
-    body = inside(flank, 0.04) * inside(shoulder, 0.06)
-    density = body * (0.55 + 0.4 * inside(flank - 0.4, 0.5) + draw(0.1, 0.2) * inside(y + 0.3, 0.6))
-    # lungs: apex, rib cage, mediastinum, and diaphragm, whose right dome the liver lifts
-    width, apex, base = draw(0.66, 0.78), draw(-0.78, -0.66), draw(0.34, 0.52)
-    floor, middle, blunt = base + draw(0.22, 0.3), draw(0.24, 0.3), draw(2.2, 3.2)
-    def lungs(top, half):
-        depth = np.clip((y - top) / (floor - top), 0, 1)
-        spread = np.sqrt(1 - (1 - depth) ** blunt) + 20 * np.minimum(y - top, 0)
-        outer, inner = middle + (half - middle) * spread, middle - (middle - 0.06) * spread
-        return outer, inside(np.minimum(outer - a, a - inner), fine)
-    cage, lung = lungs(apex, width)
-    lateral = np.minimum(a / np.maximum(cage, 0.1), 1)  # 0 at the midline, 1 at the rib cage
-    dome = base - draw(0.03, 0.09) * inside(-x, 0.2) + draw(1.3, 2.2) * (a - 0.5 * width) ** 2
-    lung *= inside(dome - y, fine) * (0.7 + 0.3 * inside(cage - a - 0.08, 0.2))
-    # mediastinum: great vessels and aortic knob; heart: a leaning ellipse, measured in thoraxes
-    waist = draw(0.1, 0.13) + 0.06 * np.exp(-((y + 0.1) / 0.2) ** 2) + 0.1 * np.maximum(y, 0)
-    lung *= inside(a - waist, 2 * blur) * inside(np.hypot(x - 0.06, y + draw(0.3, 0.4)) - 0.1, blur)
-    lean, dx, dy = draw(0.2, 0.45), x - draw(0.09, 0.13), y - base + draw(0.07, 0.15)
-    ratio = np.hypot(dx - lean * dy, dy / 0.85) * math.hypot(1, 0.85 * lean) / width
-    normal, large = inside(draw(0.40, 0.48) - ratio, blur), inside(draw(0.56, 0.64) - ratio, blur)
-    excess = cardiomegaly * lung * (large - normal)
-    air = lung * (1 - normal) - excess
-    # effusion climbs the chest wall; in pneumothorax the lung, edged by its pleura, leaves it
-    surface = floor - draw(0.1, 0.45) - draw(0.12, 0.25) * lateral ** 4
-    fluid = effusion * air * inside(y - surface, 2 * blur) * (x * draw(-1, 1) > 0)
-    air -= fluid
-    side, shrunk = draw(-1, 1), width * (1 - draw(0.07, 0.2) * inside(floor - 0.35 - y, 0.5))
-    collapsed = lungs(apex + draw(0.06, 0.16), shrunk)[1]
-    free = pneumothorax * air * (x * side > 0) * (1 - collapsed)
-    density += 0.2 * fluid - draw(0.62, 0.76) * air - free * (0.16 - 0.3 * collapsed)
-    # hilar vessels: a fan whose branches fork where the distance to the nearest is folded
-    hx, hy = a - 0.13, y + draw(0.03, 0.1) - 0.04 * (x < 0)
-    r, fan = np.hypot(hx, hy), 4 / math.pi * np.arctan2(hy, hx) + draw(0, 1) + draw(0, 1) * (x < 0)
-    fan += 0.2 * np.sin(11 * x + 5 * y + draw(0, 6)) + 0.2 * np.sin(8 * y - 6 * x + draw(0, 6))
-    off = np.abs(fan - np.round(fan)) * r * math.pi / 4
-    off = np.abs(np.abs(off - 0.3 * np.maximum(r - 0.12, 0)) - 0.3 * np.maximum(r - 0.3, 0))
-    tree = inside(0.022 - 0.025 * r - off, fine + 0.008) * inside(0.35 - r, 0.4)
-    # ribs: behind they leave the spine and drop at the side, in front they come down from there
-    drop, spacing, first = draw(0.15, 0.28), draw(0.15, 0.18), draw(0, 1)
-    def ribs(level):
-        off = np.abs((level / spacing + first) % 1 - 0.5)
-        return inside(0.2 - off, 0.06 + fine / spacing) - 0.4 * inside(0.1 - off, 0.1)
-    back = ribs(y - drop * lateral ** 3 + 0.05 * np.sin(math.pi * lateral))
-    front = ribs(y - drop - draw(0.35, 0.5) * (1 - lateral)) * inside(lateral - 0.5, 0.2)
-    belly = inside(y - dome, fine + 0.25 * inside(0.3 - a, 0.2)) * inside(cage - a, 0.15)
-    bones = (back + 0.7 * front) * inside(cage + 0.02 - a, 0.02) * (1 - 0.6 * belly)
-    density += 0.3 * belly + 0.1 * body * bones + 0.14 * tree * (air - free)
-    # clavicles, shoulder blades, vertebrae, trachea
-    collar = y + draw(0.5, 0.6) + draw(0.15, 0.3) * (a - 0.1) - 0.03 * np.sin(7 * a)
-    collar = inside(0.03 - np.abs(collar), fine + 0.01) * inside(0.36 - np.abs(a - 0.48), 0.03)
-    blade = inside(a - 0.6 + 0.2 * y, 0.02 + fine) * inside(0.25 - np.abs(y + 0.33), 0.1)
-    spine = inside(0.075 - a, blur) * (1 + 0.25 * np.cos(2 * math.pi / draw(0.11, 0.13) * y))
-    trachea = inside(0.045 - np.abs(x + 0.01), blur) * inside(-0.22 - y, 0.08)
-    density += body * (0.16 * collar + 0.08 * blade + 0.2 * spine - 0.22 * trachea)
-    # nodule: a ball, never in the lung with the pneumothorax
-    nx, ny = -math.copysign(width, side) * draw(0.5, 0.78), apex + draw(0.25, 0.55) * (floor - apex)
-    spot = np.hypot(x - nx, y - ny) / max(draw(0.04, 0.08), 0.75 * px * zoom)
-    density += nodule * draw(0.1, 0.18) * np.sqrt(np.maximum(1 - spot ** 2, 0))
-    density *= 1 + draw(-0.25, 0.25) * np.sin(draw(-2, 2) * x + draw(-2, 2) * y + draw(0, 6))
-    film = (1 - np.exp(-draw(0.8, 3.6) * np.maximum(density, 0))) ** draw(0.7, 2.6)
-    grain = draw(0.004, 0.012) * rng.standard_normal((size, size), dtype=np.float32)
-    film = 0.03 + 0.93 * film + grain + 0.7 * (np.roll(grain, 1, 0) + np.roll(grain, 1, 1))
-    masks = np.stack([nodule & (spot < 1), fluid > 0.1, excess > 0.1, free > 0.1])
-    return (255 * np.clip(film, 0, 1)).astype(np.uint8), labels, masks
-
-def phantoms(n, size, seed=0):
-    """Frontal chest radiographs of simple anatomy, ours (not in the paper): each part adds its
-    thickness along the ray to a density, which the film turns into brightness. Image i depends
-    on (seed, i) alone, and its anatomy not on size (32..512). Each of F = 4 findings has a chance
-    of 0.16, so half the images are normal. Returns images (n, 1, size, size) uint8, labels (n, F)
-    bool, masks of the pixels that each finding changes (n, F, size, size) bool, F names."""
-    drawn = [radiograph(np.random.default_rng((seed, i)), size) for i in range(n)]
-    images, labels, masks = (np.stack(part) for part in zip(*drawn))
-    return images[:, None], labels, masks, ['nodule', 'effusion', 'cardiomegaly', 'pneumothorax']
 
 # ---- Pre-training --------------------------------------------------------------------------------
 
-def build_model(args):
-    """AFiRe as the options describe it; its first weights depend on --seed alone."""
-    sizes = {
-        "vit_micro": dict(embed_dim=128, depth=4, num_heads=2, out_dim=64, head_dim=128,
-                          bottleneck_dim=128, decoder_dim=64, decoder_depth=2, decoder_heads=2),
-        "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3, decoder_dim=192, decoder_heads=6),
-        "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
-        "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
-    torch.manual_seed(args.seed)
-    weights = (args.structure_weight, args.category_weight, args.restoration_weight)
-    return AFiRe(args.img_size, args.patch_size, weights=weights, **sizes[args.arch])
+ARCHITECTURES = {
+    "vit_micro": dict(embed_dim=128, depth=4, num_heads=2, out_dim=64, head_dim=128,
+                      bottleneck_dim=128, decoder_dim=64, decoder_depth=2, decoder_heads=2),
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3, decoder_dim=192, decoder_heads=6),
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
+
+
+def build_model(options):
+    """AFiRe as a run's options describe it; its initial weights depend on the seed alone."""
+    torch.manual_seed(options.seed)
+    weights = (options.structure_weight, options.category_weight, options.restoration_weight)
+    return AFiRe(options.img_size, options.patch_size, weights=weights,
+                 **ARCHITECTURES[options.arch])
+
+
+def find_device(name):
+    """The torch.device of this name; "auto" is an accelerator if there is one."""
+    if name == "auto":
+        available = torch.accelerator.is_available()
+        name = str(torch.accelerator.current_accelerator()) if available else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} is not available: try --device cpu") from error
+
 
 def to_device(images, device):
-    """uint8 array (B, 1, S, S) -> float tensor in [0, 1] on the device, without waiting for it."""
+    """uint8 array (B, 1, S, S) -> float tensor in [0, 1]; the host does not wait for a GPU."""
     batch = torch.from_numpy(images)
-    batch = batch.pin_memory() if device.type == "cuda" else batch
-    return batch.to(device, non_blocking=device.type == "cuda").float() / 255
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True).float() / 255
+
+
+@torch.no_grad()
+def in_batches(function, images, rows, device):
+    """function of images[rows] on the device, 64 at a time: -> its results, concatenated."""
+    batches = np.array_split(rows, 1 + len(rows) // 64)
+    return torch.cat([function(to_device(images[batch], device)) for batch in batches])
+
 
 def cosine(start, end, progress):
     """From start to end along half a cosine, for progress from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
-def random_affine(images, generator=None, first=0):
-    """What the lesions are to replace [P]: a crop of 0.5 to 0.85 of the side, turned by up to 10
-    degrees [D], which moves the anatomy. The mask stays empty, so L_cate is 0."""
-    draws = torch.rand(first + len(images), 4, generator=generator)[first:].to(images)
-    side, angle = 0.5 + 0.35 * draws[:, :1], (2 * draws[:, 1:2] - 1) * math.pi / 18    # (B, 1)
-    cos, sin = side * angle.cos(), side * angle.sin()
-    shift = (2 * draws[:, 2:] - 1) * (1 - cos - sin.abs())                     # (B, 2)
-    theta = torch.cat([cos, -sin, shift[:, :1], sin, cos, shift[:, 1:]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False), torch.zeros_like(images)
 
 class Trainer:
-    """All that a step changes: the model, its optimiser and the scale of its gradients."""
+    """The training state (model and optimiser), and the step that changes it [R]."""
 
-    def __init__(self, args, rank=0, world=1):
-        self.args, self.rank, self.world = args, rank, world
-        self.model = build_model(args).to(args.device).train()
+    figures = ("loss", "structure", "category", "restoration", "gradient_norm")
+
+    def __init__(self, options, device, rank=0, world=1):
+        self.options = options
+        self.device = device
+        self.rank = rank
+        self.model = build_model(options).to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW([
-            {"params": [p for p in self.parameters if p.ndim > 1]},
-            {"params": [p for p in self.parameters if p.ndim == 1]}],
-            fused=args.device.type != "mps")
-        self.amp = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-        if args.compile:
-            for part in (*self.model.student.values(), *self.model.teacher.values(),
-                         self.model.decoder):
-                part.compile()
-        self.parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.network = self.model if world == 1 else nn.parallel.DistributedDataParallel(
-            self.model, broadcast_buffers=False)
+        weights = [p for p in self.parameters if p.ndim > 1]
+        biases_and_norms = [p for p in self.parameters if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases_and_norms}],
+                                           fused=device.type != "mps")
+        # A GPU that only emulates bf16 trains in float32.
+        self.bf16 = (device.type == "cuda"
+                     and torch.cuda.is_bf16_supported(including_emulation=False))
+        self.network = self.model
+        if world > 1:
+            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
 
-    def step(self, images, rows, step, per_epoch, total):
-        """One step on images (n, 1, S, S) uint8 [rows]: -> the four losses (4,), lr."""
-        args, device, warmup = self.args, self.args.device, self.args.warmup_epochs * per_epoch
-        peak = args.lr * args.batch_size / 256
-        lr = (peak * (step + 1) / warmup if step < warmup else
-              cosine(peak, 1e-6, (step - warmup) / (total - warmup)))
-        decay = cosine(args.weight_decay, 10 * args.weight_decay, step / total)
-        for group, weight_decay in zip(self.optimizer.param_groups, (decay, 0)):
-            group.update(lr=lr, weight_decay=weight_decay)             # none on biases and norms
+    def schedules(self, step, per_epoch):
+        """-> learning rate, weight decay, momentum of the teacher."""
+        warmup = self.options.warmup_epochs * per_epoch
+        total = self.options.epochs * per_epoch
+        peak = self.options.lr * self.options.batch_size / 256
+        if step < warmup:
+            lr = peak * (step + 1) / warmup
+        else:
+            lr = cosine(peak, 1e-6, (step - warmup) / (total - warmup))
+        weight_decay = cosine(0.04, 0.4, step / total)
+        return lr, weight_decay, cosine(self.options.teacher_momentum, 1.0, step / total)
 
-        augment = synthetic_lesion_mask if args.augment == "lesion" else random_affine
-        seed = (args.seed * 2654435769 + step) % 2 ** 32     # generators ignore all further bits
-        momentum = 0.0 if step < per_epoch else None       # at first P is the batch's mean [R]
-        size, sums = len(rows) // (self.world * args.grad_accum), 0
+    def step(self, images, centres, step, per_epoch):
+        """A step on this process's images (b, 1, S, S) uint8, centres (b, 2): -> figures (5,)."""
+        options = self.options
+        num_patches = self.model.num_patches
+        first_epoch = step < per_epoch
+        offset = self.rank * len(images)
+        lr, weight_decay, momentum = self.schedules(step, per_epoch)
+        for group, decay in zip(self.optimizer.param_groups, (weight_decay, 0.0)):
+            group.update(lr=lr, weight_decay=decay)
+
+        seed = (options.seed * 2654435769 + step) % 2 ** 32    # generators ignore all higher bits
+        generator = torch.Generator().manual_seed(seed)        # draws for all processes' images
+        visible = None
+        if options.keep < 1:
+            draws = torch.rand(options.batch_size, num_patches, generator=generator)
+            order = draws[offset:offset + len(images)].argsort(1)              # (b, L)
+            kept = math.ceil(options.keep * num_patches)
+            visible = order[:, :kept].sort(1).values.to(self.device)           # (b, V)
+        normal = to_device(images, self.device)
+        lesioned, mask = synthetic_lesion_mask(normal, generator, centres, offset)
+
         self.optimizer.zero_grad()
-        for part in range(args.grad_accum):       # of the batch, one after the other on a device
-            first = (part * self.world + self.rank) * size
-            normal = to_device(images[rows[first:first + size]], device)
-            generator, seen = torch.Generator().manual_seed(seed), None
-            if args.keep < 1:
-                draws = torch.rand(len(rows), self.model.num_patches, generator=generator)
-                rank = draws[first:first + size].argsort(1).argsort(1)         # (B, L)
-                seen = (rank < args.keep * self.model.num_patches).to(device)
-            lesioned, mask = augment(normal, generator, first)
-            with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-                losses = self.network(normal, lesioned, mask, momentum, seen)
-            self.scaler.scale(losses["loss"] / args.grad_accum).backward()
-            sums = sums + torch.stack(list(losses.values())).detach() / args.grad_accum
-        if step < per_epoch:
-            self.model.student.head.last_layers.grad = None            # P has no meaning yet
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, 3.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.model.update_teacher(cosine(args.teacher_momentum, 1.0, step / total))
-        return sums, lr
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = self.network(normal, lesioned, mask, 0.0 if first_epoch else None, visible)
+        losses["loss"].backward()
+        if first_epoch:
+            self.model.student["head"].last_layers.grad = None                 # frozen, as in DINO
+        norm = nn.utils.clip_grad_norm_(self.parameters, 3.0)
+        self.optimizer.step()
+        self.model.update_teacher(momentum)
+        return torch.stack([*losses.values(), norm]).detach()
+
+
+def pretrain(options):
+    """Trains in the folder options.out, or resumes the run in it; also under torchrun.
+
+    Everything random depends on seed and step alone: on a CPU a resumed run equals an unbroken one
+    bit for bit, and several processes equal one up to rounding.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(options.device)
+    if (options.img_size % options.patch_size or options.batch_size % world
+            or not 0 < options.keep <= 1):
+        raise InputError("--img-size must be a multiple of --patch-size, --batch-size of the "
+                         f"number of processes ({world}), and --keep above 0 and at most 1")
+    if world > 1:
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:
+            raise InputError(f"WORLD_SIZE is {world}, but {error}: use torchrun") from error
+    data = load_radiographs(options.data, options.img_size, labels=options.labels,
+                            levels=options.levels)
+    normals = data.train[~data.labels[data.train].any(1)]
+    print(f"preset {options.preset}: pre-training on {len(normals)} normal images, without "
+          f"{len(data.train) - len(normals)} with findings and {len(data.test)} held out")
+    if len(normals) < options.batch_size:
+        raise InputError(f"--batch-size must be at most {len(normals)}, the normal images in train")
+
+    trainer = Trainer(options, device, rank, world)
+    model = trainer.model
+    run = {"config": dataclasses.asdict(options), "earlier_images": [],        # those of --init
+           "images": [data.hashes[row] for row in normals], "epoch": 0, "history": []}
+    out = Path(options.out)
+    path = out / "checkpoint.pth"
+    if path.exists():
+        checkpoint = read_checkpoint(path)
+        free = ("out", "data", "labels", "device", "preset", "init")   # the images are compared
+        before = {**checkpoint["config"], "images": checkpoint["images"]}
+        now = {**run["config"], "images": run["images"]}
+        different = [name for name in now if now[name] != before.get(name) and name not in free]
+        if different:
+            raise InputError(f"the run in {out} has other {' and '.join(different)}: repeat its "
+                             "command to resume it, or name another --out")
+        model.load_state_dict(checkpoint["model"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        run = {key: checkpoint[key] for key in run}
+        print(f"resuming after epoch {run['epoch']} of {options.epochs}")
+    elif options.init:
+        encoder = load_encoder(options.init, options.img_size)
+        if encoder.sizes != model.student["encoder"].sizes:
+            raise InputError(f"--init {options.init} needs another --arch or --patch-size")
+        model.student["encoder"].load_state_dict(encoder.state_dict())
+        model.teacher["encoder"].load_state_dict(encoder.state_dict())
+        run["earlier_images"] = trained_images(options.init)
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        (out / "config.json").write_text(json.dumps(run["config"], indent=2))
+
+    centres = in_batches(texture_centre, data.images, normals, device)         # (n, 2), once
+    per_epoch = len(normals) // options.batch_size
+    bar = tqdm(total=options.epochs * per_epoch, initial=run["epoch"] * per_epoch, desc="pretrain",
+               unit="step", mininterval=1, disable=rank > 0)
+    for epoch in range(run["epoch"], options.epochs):
+        order = np.random.default_rng((options.seed, epoch)).permutation(len(normals))
+        batches = order[:per_epoch * options.batch_size].reshape(per_epoch, -1)
+        sums = torch.zeros(len(trainer.figures), device=device)
+        for i, batch in enumerate(batches):
+            share = np.array_split(np.sort(batch), world)[rank]                # (b,)
+            step = epoch * per_epoch + i
+            sums += trainer.step(data.images[normals[share]], centres[share], step, per_epoch)
+            bar.update()
+            if i % 10 == 9 or i == per_epoch - 1:          # reading it synchronises with the GPU
+                loss, *_, gradient_norm = (sums / (i + 1)).tolist()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if not math.isfinite(gradient_norm):       # alike in all processes: all stop here
+                    raise InputError(f"the gradient is not finite in epoch {epoch + 1}: try a "
+                                     f"lower --lr in another --out; {path} is from before")
+        means = (gather(sums.unsqueeze(0)).mean(0) / per_epoch).tolist()
+        run["epoch"] = epoch + 1
+        run["history"].append({"epoch": epoch + 1, **dict(zip(trainer.figures, means)),
+                               "lr": trainer.schedules(step, per_epoch)[0]})
+        if rank == 0:
+            save_checkpoint({"model": model.state_dict(), **run,
+                             "optimizer": trainer.optimizer.state_dict()}, path)
+            log = [json.dumps(record) + "\n" for record in run["history"]]
+            (out / "log.jsonl").write_text("".join(log))
+    bar.close()
+    if rank == 0:
+        save_checkpoint(model.teacher["encoder"].state_dict(), out / "encoder.pth")
+        plot_restoration(out / "restoration.png", model.eval(),
+                         to_device(data.images[normals[:4]], device))
+    print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), log.jsonl, restoration.png")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+def detection(scores, labels):
+    """AUROC, average precision, best Dice of scores (n,) and labels (n,) bool; NaN if undefined."""
+    if labels.all() or not labels.any() or np.isnan(scores).any():
+        return {"auroc": math.nan, "ap": math.nan, "dice": math.nan}
+    _, rank = np.unique(-scores, return_inverse=True)                  # the highest score first
+    positive = np.bincount(rank, labels)
+    negative = np.bincount(rank, ~labels)
+    true_positives = positive.cumsum()
+    called = (positive + negative).cumsum()
+    negatives_below = negative.sum() - negative.cumsum() + negative / 2
+    return {"auroc": float((positive * negatives_below).sum() / positive.sum() / negative.sum()),
+            "ap": float((positive * true_positives / called).sum() / positive.sum()),
+            "dice": float((2 * true_positives / (called + positive.sum())).max())}
+
+
+def auroc(scores, labels):
+    """The chance that a positive scores above a negative, ties counting half: -> float."""
+    return detection(np.asarray(scores), np.asarray(labels, bool))["auroc"]
+
+
+def defined_mean(values, axis=None):
+    """The mean of what is not NaN, NaN if nothing is left."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis), math.nan)
+
+
+def mean_auroc(scores, labels, patients, resamples=200):
+    """AUROC of each finding, a mean over draws: -> (F,), and a 95 % interval of the mean finding.
+
+    scores (draws, T, F), labels (T, F) bool, patients (T,), over whom the bootstrap is [D].
+    """
+    def by_finding(rows):
+        return defined_mean([[auroc(draw[rows, f], labels[rows, f]) for f in range(labels.shape[1])]
+                             for draw in scores], 0)
+
+    _, person = np.unique(patients, return_inverse=True)
+    rows_of = np.split(person.argsort(kind="stable"), np.bincount(person).cumsum()[:-1])
+    random = np.random.default_rng(0)
+    means = []
+    for _ in range(resamples):
+        drawn = random.integers(len(rows_of), size=len(rows_of))
+        means.append(defined_mean(by_finding(np.concatenate([rows_of[i] for i in drawn]))))
+    means = [mean for mean in means if not math.isnan(mean)] or [math.nan]
+    return by_finding(slice(None)), np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def silhouette(points, cluster):
+    """Mean silhouette (Rousseeuw, 1987): points (N, D), cluster (N,) integers -> -1 to 1."""
+    cluster = cluster.long()
+    member = F.one_hot(cluster).to(points.dtype)                       # (N, clusters)
+    size = member.sum(0)
+    distance = torch.cdist(points, points) @ member / size             # mean, to each cluster
+    own = (distance * member).sum(1) * (size / (size - 1).clamp_min(1))[cluster]
+    other = distance.masked_fill(member.bool(), math.inf).amin(1)
+    score = (other - own) / torch.maximum(own, other).clamp_min(1e-12)
+    return float(torch.where(size[cluster] > 1, score, 0).mean())
+
+
+def linear_probe(x, y, penalty=10.0):
+    """Ridge regression on standardised x [D]: (n, D), y (n, F) bool -> weight (D, F), bias (F,)."""
+    mean = x.mean(0)
+    std = x.std(0, correction=0) + 1e-6
+    z = (x - mean) / std
+    y = y.to(x.dtype)
+    ridge = penalty * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(z.T @ z + ridge, z.T @ (y - y.mean(0))) / std.unsqueeze(1)
+    return weight, y.mean(0) - mean @ weight
+
+
+def finetune(encoder, data, rows, steps, device, batch_size=32):
+    """Trains the blocks of a copy and a linear layer on its mean token [P]: -> test scores (T, F).
+
+    rows: images to learn from. Recipe [D]: AdamW, with a learning rate of 1e-3 at a width of 128.
+    """
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    encoder = copy.deepcopy(encoder)
+    dim = encoder.pos_embed.shape[2]
+    layer = nn.Linear(dim, len(data.findings)).to(device)
+    trained = [*encoder.blocks.requires_grad_().parameters(), *layer.parameters()]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
+    for step in range(steps):
+        batch = random.choice(rows, batch_size)
+        truth = torch.from_numpy(data.labels[batch]).to(device, torch.float)
+        scores = layer(features(encoder, to_device(data.images[batch], device)).mean(1))
+        loss = F.binary_cross_entropy_with_logits(scores, truth)
+        warmup = min(1, (step + 1) / 10)
+        optimizer.param_groups[0]["lr"] = warmup * cosine(0.128 / dim, 0.0, step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return in_batches(lambda images: layer(features(encoder, images).mean(1)), data.images,
+                      data.test, device).cpu().numpy()
+
+
+def learn_from_few(learn, labels, train):
+    """Scores by learn(rows) -> (T, F), for 1, 10 and 100 % of train: -> {"1%": (draws, T, F)}."""
+    random = np.random.default_rng(0)
+    scores = {}
+    for percent, draws in (1, 5), (10, 5), (100, 1):
+        results = []
+        for _ in range(draws):
+            rows = random.permutation(train)[:max(2, round(len(train) * percent / 100))]
+            constant = labels[rows].all(0) | ~labels[rows].any(0)
+            results.append(np.where(constant, math.nan, learn(rows)))
+        scores[f"{percent}%"] = np.stack(results)
+    return scores
+
+
+def restoration_error(afire, images):
+    """Error of tokens, restored while one of every 2 x 2 is masked [D]: (B, 1, S, S) -> (B, L)."""
+    x = normalise(images)
+    tokens = afire.student["encoder"](x)                                       # (B, 1 + L, D)
+    odd = torch.arange(math.isqrt(tokens.shape[1] - 1), device=x.device) % 2   # (side,)
+    place = (2 * odd.unsqueeze(1) + odd).flatten()                             # (L,), 0 to 3
+    error = 0
+    for turn in range(4):
+        hidden = (place == turn).expand(len(x), -1)                            # (B, L)
+        restored = afire.decoder(tokens, hidden)                               # (B, 3, S, S)
+        error = error + hidden * patchify((restored - x) ** 2, afire.patch_size).mean(2)
+    return error
+
+
+@torch.no_grad()
+def anomaly_maps(images, encoder, afire=None, prototypes=None, normals=None):
+    """How abnormal each token looks, from normal images alone [D]: -> {score: (B, L)}.
+
+    prototype    1 - cosine between the token's scores and the prototype, as in L_cate
+    restoration  error of the token's pixels when it is restored from the other tokens
+    neighbours   mean distance to the 5 nearest normal tokens of the position
+
+    images (B, 1, S, S) in [0, 1]; afire: the whole model, for the first two scores; prototypes
+    (L, K), if not its own; normals (N, L, D): features of normal images, for the third.
+    """
+    maps = {}
+    tokens = features(encoder, images)                                         # (B, L, D)
+    if afire is not None:
+        prototypes = afire.prototypes.prototypes if prototypes is None else prototypes
+        scores = afire.teacher["head"](tokens)                                 # (B, L, K)
+        maps["prototype"] = 1 - F.cosine_similarity(scores, prototypes, dim=2)
+        maps["restoration"] = restoration_error(afire, images)
+    if normals is not None:
+        distance = torch.cdist(tokens.transpose(0, 1), normals.transpose(0, 1))    # (L, B, N)
+        nearest = distance.topk(min(5, len(normals)), largest=False).values
+        maps["neighbours"] = nearest.mean(2).T
+    return maps
+
+
+def maps_of(images, rows, device, **models):
+    """anomaly_maps of images[rows], with its other arguments: -> {score: (rows, L)} of arrays."""
+    names = list(anomaly_maps(to_device(images[rows[:1]], device), **models))
+    maps = in_batches(lambda batch: torch.stack(list(anomaly_maps(batch, **models).values()), 1),
+                      images, rows, device).cpu().numpy()                      # (rows, scores, L)
+    return {name: maps[:, i] for i, name in enumerate(names)}
+
+
+def image_scores(maps):
+    """An image's score is the mean of its highest quarter of tokens: (T, L) -> (T,)."""
+    return np.sort(maps)[:, -max(1, maps.shape[1] // 4):].mean(1)
+
+
+def evaluate_maps(maps, abnormal, masks, patients):
+    """Detection of abnormal images and of abnormal pixels: {score: (T, L)} -> {score: figures}.
+
+    abnormal (T,) bool, patients (T,), masks (T, S, S) bool or None. Pixels are judged on a grid of
+    about 56 x 56; an abnormal image with an empty mask counts as an image only.
+    """
+    if masks is None:
+        masks = np.zeros((len(abnormal), 1, 1), bool)      # no abnormal pixel: all of theirs is NaN
+    located = ~abnormal | masks.any((1, 2))
+    step = max(1, masks.shape[1] // 56)
+    truth = masks[located, step // 2::step, step // 2::step]                   # (n, 56, 56)
+    report = {}
+    for name, tokens in maps.items():
+        scores = image_scores(tokens)
+        image = detection(scores, abnormal)
+        _, ci95 = mean_auroc(scores[None, :, None], abnormal[:, None], patients)
+        grid = unpatchify(torch.from_numpy(tokens[located]).unsqueeze(2), 1)
+        grid = F.interpolate(grid, truth.shape[1:], mode="bilinear")           # (n, 1, 56, 56)
+        pixel = detection(grid.numpy().ravel(), truth.ravel())
+        report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"], "image_ci95": ci95,
+                        "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
+                        "dice": pixel["dice"]}
+    return report
+
+
+def load_models(path, img_size=None):
+    """-> {"checkpoint": (encoder, AFiRe or None), "random_init": ...}, options of the run."""
+    checkpoint = read_checkpoint(path)
+    if "config" not in checkpoint or img_size:
+        trained = load_encoder(path, img_size)
+        torch.manual_seed(0)
+        return {"checkpoint": (trained, None), "random_init": (ViT(*trained.sizes), None)}, None
+    try:
+        run = PretrainOptions(**checkpoint["config"])
+        trained = build_model(run)
+        trained.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is of another version of afire.py: use that one") from error
+    untrained = build_model(run)
+    return {"checkpoint": (trained.teacher["encoder"], trained),
+            "random_init": (untrained.teacher["encoder"], untrained)}, run
+
+
+def trained_images(path):
+    """Hashes of the files that a checkpoint was pre-trained on, to keep them out of the test."""
+    checkpoint = read_checkpoint(path)
+    if "images" not in checkpoint:
+        print(f"{path} does not say what it was trained on: that may be among the test images")
+    return checkpoint.get("images", []) + checkpoint.get("earlier_images", [])
+
+
+def evaluate_network(encoder, afire, data, normals, steps, device):
+    """All figures of one network: -> report for metrics.json, arrays for predictions.npz.
+
+    data: Radiographs; normals: rows of normal images to compare with; steps of fine-tuning.
+    """
+    truth = data.labels[data.test]
+    patients = np.array(data.patients)[data.test]
+
+    # Few labels: what can be learned from them on the encoder's mean token [D], or by the encoder.
+    x = in_batches(lambda images: features(encoder, images).mean(1), data.images,
+                   np.arange(len(data.images)), device).cpu()                  # (n, D)
+
+    def probe(rows):
+        weight, bias = linear_probe(x[rows], torch.from_numpy(data.labels[rows]))
+        return (x[data.test] @ weight + bias).numpy()                          # (T, F)
+
+    scores = {"linear": learn_from_few(probe, data.labels, data.train)}
+    if steps:
+        scores["finetune"] = learn_from_few(
+            lambda rows: finetune(encoder, data, rows, steps, device), data.labels, data.train)
+    report = {protocol: {} for protocol in scores}
+    arrays = {}
+    for protocol, shares in scores.items():
+        for share, predictions in shares.items():
+            values, ci95 = mean_auroc(predictions, truth, patients)
+            report[protocol][share] = {"macro_auroc": float(defined_mean(values)), "ci95": ci95,
+                                       "per_finding": dict(zip(data.findings, values.tolist()))}
+            arrays[f"{protocol} {share}"] = predictions
+
+    # Anomalies: for both networks, prototypes are the mean over the same normal images.
+    tokens = in_batches(lambda images: features(encoder, images), data.images, normals, device)
+    prototypes = afire.teacher["head"](tokens).mean(0) if afire else None      # (L, K)
+    maps = maps_of(data.images, data.test, device, encoder=encoder, afire=afire, normals=tokens,
+                   prototypes=prototypes)                                      # {score: (T, L)}
+    masks = None if data.masks is None else data.masks[data.test]
+    report["anomaly"] = evaluate_maps(maps, truth.any(1), masks, patients)
+
+    # Cohesion [P: Fig. 5]: do the tokens of a position lie together in other people's images?
+    healthy = data.test[~truth.any(1)][:24]
+    tokens = in_batches(lambda images: features(encoder, images), data.images, healthy, device)
+    position = torch.arange(tokens.shape[1]).repeat(len(tokens))
+    report["cohesion"] = silhouette(tokens.flatten(0, 1).cpu(), position)
+    return report, {**arrays, **maps}
+
+
+def print_table(report):
+    """The main figures of {"checkpoint": ..., "random_init": ...}, a row each."""
+    def rows(network):
+        for protocol, name in ("linear", "linear probe"), ("finetune", "fine-tuning"):
+            for share, figures in network.get(protocol, {}).items():
+                yield f"{name}, {share} of the labels", figures["macro_auroc"], figures["ci95"]
+        for level in "image", "pixel":
+            for score, figures in network["anomaly"].items():
+                interval = figures.get(f"{level}_ci95", [])
+                yield f"abnormal {level}s by {score}", figures[f"{level}_auroc"], interval
+        yield "cohesion (silhouette by position)", network["cohesion"], []
+
+    print(f"{'AUROC':36}{'trained':>9}{'untrained':>11}   95 % interval of the trained")
+    both = zip(rows(report["checkpoint"]), rows(report["random_init"]))
+    for (name, trained, interval), (_, untrained, _) in both:
+        if not math.isnan(trained):
+            ends = " to ".join(f"{end:.3f}" for end in interval)
+            print(f"{name:36}{trained:9.3f}{untrained:11.3f}   {ends}")
+
+
+def evaluate(options):
+    """An encoder beside the same encoder untrained: writes its figures and prints a table.
+
+    Where --data has no labels, all images are scored by what needs no normal images.
+    """
+    device = find_device(options.device)
+    path = Path(options.ckpt)
+    path = path / "checkpoint.pth" if path.is_dir() else path
+    models, run = load_models(path, options.img_size)
+    encoder, afire = models["checkpoint"]
+    if run and not options.data:
+        options = dataclasses.replace(options, data=run.data, labels=options.labels or run.labels)
+    data = load_radiographs(options.data, encoder.sizes[0], labels=options.labels,
+                            levels=run.levels if run else "file")
+    seen = np.isin(data.hashes, trained_images(path))                          # (n,)
+    left_out = seen[data.test].sum()
+    data.test = data.test[~seen[data.test]]
+    normal = ~data.labels.any(1)
+    normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
+    if data.findings and (len(normals) < 2 or normal[data.test].sum() < 2):
+        raise InputError(f"--data {options.data} needs two normal images in train, two in test")
+    if not data.findings and not afire:
+        raise InputError(f"{path} is an encoder alone and needs findings: give --labels")
+    for network, whole in models.values():
+        (whole or network).to(device).eval().requires_grad_(False)
+
+    out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "eval")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = data.test if data.findings else np.arange(len(data.images))
+    if data.findings:
+        report = {}
+        arrays = {"images": np.array(data.names)[rows], "patients": np.array(data.patients)[rows],
+                  "findings": np.array(data.findings), "labels": data.labels[rows]}
+        if data.masks is not None:
+            arrays["masks"] = data.masks[rows]
+        for name, (network, whole) in models.items():
+            report[name], results = evaluate_network(network, whole, data, normals,
+                                                     options.finetune, device)
+            arrays |= {f"{name}/{key}": array for key, array in results.items()}
+        np.savez_compressed(out / "predictions.npz", **arrays)
+        metrics = json.loads(json.dumps(report), parse_constant=lambda _: None)        # NaN: null
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
+    else:
+        maps = maps_of(data.images, rows, device, encoder=encoder, afire=afire)
+    scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (rows, scores)
+    order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
+    with open(out / "scores.csv", "w", newline="", encoding="utf-8",
+              errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["image", "findings", "pretrained_on", *maps])
+        for row, values in zip(rows[order], scores[order]):
+            findings = "|".join(np.array(data.findings)[data.labels[row]])
+            writer.writerow([data.names[row], findings, "yes" if seen[row] else "no",
+                             *(f"{value:.4f}" for value in values)])
+    plot_maps(out / "anomaly.png", data.images[rows[order[:5]], 0],
+              {score: tokens[order[:5]] for score, tokens in maps.items()})
+    print(f"{path} on {options.data or 'phantoms'}: {len(data.train)} images to learn from, "
+          f"{len(data.test)} to test on, {(~normal[data.test]).sum()} of them with findings; "
+          f"{left_out} left out of the test, as pre-training has seen them")
+    if data.findings:
+        print_table(report)
+    if not afire:
+        print("prototype and restoration need AFiRe's head and decoder, and are left out")
+    print(f"in {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save_checkpoint(state, path):
-    """First beside it, so that neither a kill nor a full disk harms what is there."""
+    """Writes beside the path, then renames: neither a kill nor a full disk harms the old file."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as stream:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {partial} ({error}); {path} is as it was: free some space, "
-                         "and repeat the command to go on from there") from error
-    if path.exists():
-        path.replace(path.with_name("previous.pth"))
-    partial.replace(path)
+        raise InputError(f"cannot write {path} ({error}): free space and resume") from error
 
-def pretrain(args):
-    """Trains in the folder args.out, and goes on from the checkpoint there if there is one.
-
-    All that is random is a function of seed and step, so that a resumed run equals an unbroken one.
-    Under torchrun it takes part in one training by several processes, with the same result.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world * args.grad_accum):
-        raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world} processes "
-                         f"with --grad-accum {args.grad_accum}: make it a multiple of both")
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
-                                             timeout=datetime.timedelta(hours=4))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    try:                                           # the system frees the lock of a dead process
-        with (filelock.FileLock(out / ".lock", timeout=0) if rank == 0 else
-              contextlib.redirect_stdout(None)):
-            train(args, rank, world)
-    except filelock.Timeout as error:
-        raise InputError(f"another run is at work in --out {out}: wait for its end, or name "
-                         "another folder") from error
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-def train(args, rank, world):
-    """pretrain in one of its processes; the first one speaks and writes."""
-    device, out = args.device, Path(args.out)
-    ckpt = out / "checkpoint.pth"
-    files = [file for file in (ckpt, out / "previous.pth") if file.exists()]
-    state = read_checkpoint(files[0]) if files else {
-        "config": {}, "step": 0, "history": [], "sums": torch.zeros(4)}
-    config = {key: vars(args)[key] for key in vars(args) if key not in ("verb", "device", "out")}
-
-    def refuse_another_run():
-        for key, value in config.items():
-            before = state["config"].get(key, value)
-            if before != value and key not in ("cache", "save_every", "compile"):
-                raise InputError(f"{out} holds a run with {key} {before}, not {value}: repeat that "
-                                 "to go on with it, else name another --out")
-
-    refuse_another_run()
-    data = load_radiographs(args)
-    normals = data.train[~data.labels[data.train].any(1)]
-    print(f"preset {args.preset} on {world} x {device}, in {out}: pre-training on {len(normals)} "
-          f"images; left out: {len(data.train) - len(normals)} with findings, {len(data.test)} "
-          "held out for testing"
-          + ("" if data.findings else "; nothing is known of findings, all count as normal"))
-    if len(normals) < args.batch_size:
-        raise InputError(f"--data {args.data} has {len(normals)} images without findings to train "
-                         f"on: fewer than --batch-size {args.batch_size}, lower it or add images")
-    names = "\n".join(data.records[row]["name"] for row in normals)
-    config["images"] = f"{len(normals)} of key {zlib.crc32(names.encode()):08x}"
-    refuse_another_run()
-
-    trainer, per_epoch = Trainer(args, rank, world), len(normals) // args.batch_size
-    start, total = state["step"], args.epochs * per_epoch
-    history, sums = state["history"], state["sums"].to(device)         # of the losses, this epoch
-    if files:
-        for name, part in trainer.parts.items():
-            part.load_state_dict(state[name])
-        print(f"{out} is at step {start} of {total}: going on from there")
-    elif args.init:
-        try:
-            weights = load_encoder(args.init, args.img_size).state_dict()
-            for network in trainer.model.student, trainer.model.teacher:
-                network.encoder.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError(f"--init {args.init} does not fit --arch {args.arch} and --patch-size "
-                             f"{args.patch_size}: change these") from error
-    if rank == 0:
-        (out / "config.json").write_text(json.dumps(config, indent=2))
-    signals, saved_at = [], time.monotonic()
-    bar = tqdm(range(start, total), "pretrain", total, initial=start, unit="step", mininterval=1,
-               disable=rank > 0)
-    with contextlib.ExitStack() as afterwards:
-        for each in signal.SIGINT, signal.SIGTERM:                     # heeded after the step
-            before = signal.signal(each, lambda number, _: signals.append(number))
-            afterwards.callback(signal.signal, each, before)
-        for step in bar:
-            epoch, i = divmod(step, per_epoch)
-            if i == 0 or step == start:
-                order = np.random.default_rng((args.seed, epoch)).permutation(normals)
-            rows = np.sort(order[i * args.batch_size:(i + 1) * args.batch_size])
-            losses, lr = trainer.step(data.images, rows, step, per_epoch, total)
-            sums = losses if i == 0 else sums + losses
-            last = i == per_epoch - 1
-            if not (last or step % 10 == 0 or signals and world == 1):
-                continue                                               # .tolist waits for the GPU
-            told = gather(F.pad(sums, (0, 1), value=len(signals)).unsqueeze(0)).mean(0)
-            sums, stop = told[:4], bool(told[4])                       # all stop at the same step
-            means = dict(zip(("loss", "structure", "category", "restoration"),
-                             (sums / (i + 1)).tolist()))
-            bar.set_postfix(means)
-            if not all(each.isfinite().all() for each in (sums, *trainer.parameters)):
-                sys.exit(f"afire.py: the loss or a weight is not finite at step {step}; {ckpt} is "
-                         "from before. Try a lower --lr or --amp none in another --out, with "
-                         "--init to start from that checkpoint")
-            if last:
-                history.append({"epoch": epoch + 1, **means, "lr": lr})
-            if rank == 0 and (last or stop or time.monotonic() - saved_at > 60 * args.save_every):
-                parts = {name: part.state_dict() for name, part in trainer.parts.items()}
-                save_checkpoint({**parts, "step": step + 1, "sums": sums.cpu(), "history": history,
-                                 "config": config}, ckpt)
-                (out / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in history))
-                saved_at = time.monotonic()
-            if stop:
-                bar.close()
-                if world > 1:                      # else the others' end would kill the writer
-                    torch.distributed.barrier()
-                print(f"stopped after step {step + 1} of {total}; the same command goes on from "
-                      "there")
-                sys.exit(128 + max(signals, default=signal.SIGTERM))
-    if rank == 0:
-        torch.save(trainer.model.teacher.encoder.state_dict(), out / "encoder.pth")
-        plot_losses(history, out / "losses.png")
-        plot_restoration(trainer.model.eval(), to_device(data.images[normals[:4]], device),
-                         out / "restoration.png")
-    print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), restoration.png, losses.png")
 
 def read_checkpoint(path):
-    """What torch.save wrote; a file with anything but tensors and plain data is refused, unrun."""
+    """A dictionary of tensors and plain data; a file with anything else is refused, not run."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no checkpoint {path}: name one, or make it with `pretrain`")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # DINO's options are in one
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:                    # each broken file fails in its own way
-        raise InputError(f"{path} is not a checkpoint of tensors: name another") from error
+    except Exception as error:                             # a broken file can raise anything
+        raise InputError(f"{path} is not a file of tensors alone: save its state dict") from error
 
-def count_blocks(state, prefix="blocks."):
-    """How many transformer blocks a state dict has under this prefix."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
-
-def guess_heads(dim):
-    """How many heads an encoder has, which no file tells: 64 channels each; ViT-H, g, G have 16."""
-    return min(16, max(1, dim // 64))
 
 def load_encoder(path, img_size=None):
-    """The encoder in a checkpoint: of our or the release's teacher, or a timm, MAE or DINO ViT.
+    """The encoder of a checkpoint, ours, the release's, MAE's, DINO's or timm's: -> ViT.
 
-    Its positions are interpolated to the grid of img_size, in pixels. It prints what it leaves.
+    A teacher is preferred to a student [R]. Positions are interpolated to img_size pixels. Tensors
+    that this ViT lacks (LayerScale, registers) are refused, but for heads and decoders.
     """
+    first = "patch_embed.proj.weight"
     state = read_checkpoint(path)
-    for key in "model", "teacher", "state_dict":
-        state = state[key] if isinstance(state.get(key), dict) else state
-    state = {re.sub(r"^(module\.)?(teacher\.)?(encoder\.|backbone\.)?", "", key): value
-             for key, value in state.items()}
+    for key in "teacher", "model", "state_dict":
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
+    if not prefixes:
+        raise InputError(f"{path} holds no ViT: there is no {first} among {list(state)[:4]}")
+    prefix = max(prefixes, key=lambda name: "teacher" in name)         # the first of the best
+    state = {key.removeprefix(prefix): value for key, value in state.items()
+             if key.startswith(prefix)}
     try:
-        dim, in_chans, _, patch_size = state["patch_embed.proj.weight"].shape
-        positions = state["pos_embed"]                                         # (1, 1 + L, D)
+        dim, in_chans, _, patch_size = state[first].shape
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        heads = min(16, max(1, dim // 64))     # no file says: 64 channels each, and ViT-H has 16
+        positions = state["pos_embed"]                                 # (1, 1 + L, D)
         size = img_size or math.isqrt(positions.shape[1] - 1) * patch_size
-        grid = unpatchify(positions[:, 1:], 1)                                 # (1, D, side, side)
+        vit = ViT(size, patch_size, in_chans, dim, depth, heads)
+        others = [key for key in state if key not in vit.state_dict()]
+        unknown = [key for key in others if not key.startswith(("head", "decoder", "mask_token"))]
+        if unknown:
+            raise InputError(f"{path} has {', '.join(unknown[:4])}, which this ViT lacks: use a "
+                             "plain ViT")
+        grid = unpatchify(positions[:, 1:], 1)                         # (1, D, side, side)
         grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
-        vit = ViT(size, patch_size, in_chans, dim, count_blocks(state), guess_heads(dim))
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{path} holds no ViT that fits together: {error}") from error
-    left = [key for key in state if key not in vit.state_dict()]
-    print(f"{path}: {len(vit.state_dict())} tensors of the encoder taken, {len(left)} left"
-          + (f": {', '.join(left[:4])}, ..." if left else ""))
+    print(f"{path}: encoder {prefix or 'without prefix'}, width {dim}, {depth} blocks of {heads} "
+          f"heads (assumed), {size} px in patches of {patch_size}; other tensors: {len(others)}")
     return vit
 
-def read_release(cls, checkpoint):
-    """The authors' {"student": state, "teacher": state} as an AFiRe, its prototypes still empty.
 
-    Their last layers, a module of weight_g (all 1) and weight_v for each position, become one.
+# ---- Data: files and tables ----------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Radiographs:
+    """n images with F findings, which are either to train on or held out for testing."""
+    names: list                   # n paths below the data folder, with /
+    images: np.ndarray            # (n, 1, S, S) uint8, memory-mapped
+    labels: np.ndarray            # (n, F) bool
+    findings: list                # F names
+    patients: list                # n names
+    hashes: list                  # n, of the files' bytes: an image is known by its content
+    train: np.ndarray             # rows to train on
+    test: np.ndarray              # rows held out
+    masks: np.ndarray | None = None   # (n, S, S) bool: where the findings are, of phantoms only
+
+
+def is_dicom(path):
+    """Is it a DICOM file, whatever its suffix?"""
+    with open(path, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def read_dicom(path):
+    """A DICOM file as a viewer shows it: -> (H, W) float32."""
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ValueError("DICOM needs `pip install pydicom`") from error
+    file = pydicom.dcmread(path)
+    stored = file.pixel_array
+    kind = file.PhotometricInterpretation
+    if stored.ndim != 2 or not kind.startswith("MONOCHROME"):
+        raise ValueError(f"DICOM of {kind} in {stored.ndim} dimensions")
+    pixels = pydicom.pixels.apply_modality_lut(stored, file)
+    pixels = pydicom.pixels.apply_voi_lut(pixels, file).astype(np.float32)
+    if file.get("PresentationLUTShape", "INVERSE" if kind == "MONOCHROME1" else "") == "INVERSE":
+        pixels = -pixels
+    if "PixelPaddingValue" in file:
+        ends = (file.PixelPaddingValue, file.get("PixelPaddingRangeLimit", file.PixelPaddingValue))
+        padding = (stored >= min(ends)) & (stored <= max(ends))
+        pixels[padding] = pixels[~padding].min(initial=pixels.max())
+    return pixels
+
+
+def read_image(path, size, levels="file"):
+    """A file as a viewer shows it, resized to a square: -> (size, size) uint8.
+
+    More than 8 bits are scaled between the 0.5 and the 99.5 percentile, as a burned-in marker is
+    brighter than the rest. levels "equal": the histogram is equalised, as in MIMIC-CXR-JPG.
     """
-    state = {f"{role}.{key.removeprefix('module.')}".replace("student.decoder", "decoder"): value
-             for role in ("student", "teacher") for key, value in checkpoint[role].items()}
-    num_patches = state["student.encoder.pos_embed"].shape[1] - 1
-    for role in "student", "teacher":
-        layers = [state[f"{role}.head.last_layers.{i}.weight_v"] for i in range(num_patches)]
-        state[f"{role}.head.last_layers"] = torch.stack(layers)                # (L, K, d)
-    dim, _, _, patch_size = state["student.encoder.patch_embed.proj.weight"].shape
-    _, out_dim, bottleneck_dim = state["student.head.last_layers"].shape
-    decoder_dim = len(state["decoder.embedding.weight"])
-    model = cls(math.isqrt(num_patches) * patch_size, patch_size, dim,
-                count_blocks(state, "student.encoder.blocks."), guess_heads(dim), out_dim,
-                len(state["student.head.mlp.0.weight"]), bottleneck_dim, decoder_dim,
-                count_blocks(state, "decoder.blocks."), max(1, decoder_dim // 32))
-    model.load_state_dict({key: state[key] for key in model.state_dict()
-                           if not key.startswith("prototypes.")}, strict=False)
-    return model
-
-# ---- Bench ---------------------------------------------------------------------------------------
-
-def bench(args, rounds=7):
-    """Times the parts of a pre-training with these options, in turn, and prints their medians [D].
-
-    The bare backbone is what no implementation can do without: the networks forward and the
-    student's backward, on tensors that are on the device. What AFiRe adds should cost little.
-    """
-    device, n, size = args.device, args.batch_size, args.img_size
-    trainer, generator = Trainer(args), torch.Generator().manual_seed(0)
-    model, rows = trainer.model, np.arange(n)
-
-    def backbone():
-        trainer.optimizer.zero_grad()
-        with torch.autocast(device.type, trainer.amp, enabled=trainer.amp is not None):
-            with torch.no_grad():
-                model.teacher.head(model.teacher.encoder(x)[:, 1:])
-            tokens = model.student.encoder(x, seen)
-            outputs = model.student.head(tokens[:, 1:]), model.decoder(tokens, abnormal)
-        sum(each.float().mean() for each in outputs).backward()
-
-    def seconds(part):
-        start = time.perf_counter()
-        part()
-        torch.zeros(1, device=device).item()                           # waits for the device
-        return time.perf_counter() - start
-
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
-        if not args.data:
-            Image.fromarray(phantoms(1, 512)[0][0, 0]).save(f"{folder}/phantom.png")
-        records = find_images(Path(args.data or folder), args.root, args.labels,
-                              args.test_fraction)
-        paths = [records[i % len(records)]["path"] for i in range(n)]
-        images, _ = cached_images(paths, size, Path(folder))
-        normal = to_device(images[rows], device)
-        x, mask = model.normalise(normal), synthetic_lesion_mask(normal, generator)[1]
-        abnormal = abnormal_tokens(mask, args.patch_size)
-        ranks = torch.rand(abnormal.shape, device=device).argsort(1).argsort(1)
-        seen = ranks < args.keep * model.num_patches if args.keep < 1 else None
-        a = torch.randn(4096, 4096, device=device, dtype=trainer.amp)
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as flops:
-            backbone()
-        parts = {"decode": lambda: list(pool.map(read_image, paths, [size] * n)),
-                 "cached read": lambda: to_device(images[rows], device),
-                 "lesion mask": lambda: synthetic_lesion_mask(normal, generator),
-                 "bare backbone": backbone,
-                 "full step": lambda: trainer.step(images, rows, 10, 10, 100),
-                 "matrix product": lambda: a @ a}
-        turns = [[seconds(part) for part in parts.values()]
-                 for _ in tqdm(range(rounds + 2), "bench")]
-    median = dict(zip(parts, np.median(turns[2:], 0)))
-    limit = 2 * len(a) ** 3 / median.pop("matrix product") / 1e9
-    speed = flops.get_total_flops() / median["bare backbone"] / 1e9
-    for name, each in median.items():
-        print(f"{name:14} {1e3 * each / n:10.3f} ms an image {n / each:10.1f} images/s")
-    print(f"full step / bare backbone: {median['full step'] / median['bare backbone']:.3f}")
-    print(f"bare backbone: {speed:.0f} GFLOP/s, {speed / limit:.2f} of a large matrix product's")
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
+    if is_dicom(path):
+        image = Image.fromarray(read_dicom(path))
     else:
-        import resource                                                # not there on Windows
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory: {memory / 2 ** 30:.2f} GiB")
-    normals = sum(not (record["findings"] or record["test"]) for record in records)
-    normals = normals if args.data else 1000
-    hours = args.epochs * normals * median["full step"] / n / 3600
-    print(f"{normals} images x {args.epochs} epochs on one such device: {hours:.2f} hours")
+        with Image.open(path, formats=["PNG", "JPEG"]) as file:
+            file.draft("L", (2 * size, 2 * size))          # decodes a large JPEG at half its size
+            image = ImageOps.exif_transpose(file)
+    if image.mode[0] in "IF":
+        pixels = np.asarray(image, np.float32)
+        low, high = np.percentile(pixels, [0.5, 99.5])
+        if not math.isfinite(high - low):
+            raise ValueError("pixels that are not finite")
+        pixels = (pixels - low) * (255 / max(high - low, 1e-6))
+        image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    image = TF.resize(image.convert("L"), [size, size])
+    return np.asarray(TF.equalize(image) if levels == "equal" else image)
 
-# ---- Evaluation ----------------------------------------------------------------------------------
 
-def detection(scores, labels):
-    """Area under the ROC curve, average precision, Dice at its best threshold: -> floats by name.
+def decode_files(paths, size, levels, cache):
+    """Decodes files once: -> images (n, 1, S, S) uint8, hashes (n,), {row: why it failed}.
 
-    scores (n,), labels (n,) bool. Equal scores count together. NaN with one class or a NaN score.
+    The cache is a memory-mapped file of n records, shared by all runs. A record whose checksum is
+    wrong is decoded: after a failure, a power cut, or while a second process is writing it.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels, bool)
-    if labels.all() or not labels.any() or np.isnan(scores).any():
-        return {"auroc": math.nan, "ap": math.nan, "dice": math.nan}
-    _, rank = np.unique(-scores, return_inverse=True)                  # the highest score first
-    positive, negative = np.bincount(rank, labels), np.bincount(rank, ~labels)
-    hits, called = positive.cumsum(), (positive + negative).cumsum()
-    lower = 1 - (negative.cumsum() - negative / 2) / negative.sum()    # negatives below, ties half
-    return {"auroc": float((positive * lower).sum() / hits[-1]),
-            "ap": float((positive * hits / called).sum() / hits[-1]),
-            "dice": float((2 * hits / (called + hits[-1])).max())}
+    versions = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr((size, levels, versions)).encode()).hexdigest()[:16]
+    file = Path(cache or "runs/cache", f"{key}.images")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size)), ("checksum", "<u4")])
+    with open(file, "ab") as stream:
+        if hasattr(os, "posix_fallocate"):                 # a full disk fails here, not by SIGBUS
+            os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
+        stream.truncate(len(paths) * layout.itemsize)
+    records = np.memmap(file, layout, "r+", shape=(len(paths),))
 
-def auroc(scores, labels):
-    """The chance that a positive scores above a negative, ties counting half: -> float."""
-    return detection(scores, labels)["auroc"]
+    def decode(row):
+        record = records[row]                              # a view
+        try:
+            if record["checksum"] != zlib.crc32(record.tobytes()[:-4]):
+                record["image"] = read_image(paths[row], size, levels)
+                record["hash"] = hashlib.sha256(paths[row].read_bytes()).hexdigest()[:16]
+                record["checksum"] = zlib.crc32(record.tobytes()[:-4])
+        except Exception as error:                         # a decoder can raise anything
+            return str(error) if isinstance(error, ValueError) else type(error).__name__
+        return None
 
-def interval(samples):
-    """The middle 95 % of bootstrap samples, those that are NaN left out: -> [low, high]."""
-    return np.quantile([each for each in samples if not np.isnan(each)] or [math.nan],
-                       [0.025, 0.975]).tolist()
+    rows = np.random.default_rng(os.getpid()).permutation(len(paths))  # processes share the work
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        reasons = list(tqdm(pool.map(decode, rows), "decode", len(rows), delay=1))
+    records.flush()
+    failed = {row: reason for row, reason in zip(rows, reasons) if reason}
+    return records["image"], [value.decode() for value in records["hash"]], failed
 
-def linear_probe(train_x, train_y, test_x, penalty=10.0):
-    """Ridge regression of each finding on standardised features: -> scores (T, F).
 
-    train_x (n, D), train_y (n, F) bool, test_x (T, D); penalty is scikit-learn's alpha.
+def find_files(folder):
+    """Images below a folder: -> their sorted names, a Counter of what is passed over and why."""
+    names = []
+    passed = collections.Counter()
+    for place, folders, files in os.walk(folder, onerror=lambda _: passed.update(["no access"])):
+        passed["links to folders"] += sum(Path(place, name).is_symlink() for name in folders)
+        for path in [Path(place, file) for file in files]:
+            name = path.relative_to(folder).as_posix()
+            parts = name.lower().split("/")
+            suffix = path.suffix.lower()
+            if any(part.startswith((".", "@", "$", "__macosx")) for part in parts):
+                passed["hidden or of the system"] += 1
+            elif "masks" in parts[:-1]:
+                passed["in folders called masks"] += 1
+            elif not path.is_file():
+                passed["broken links"] += 1
+            elif suffix in (".png", ".jpg", ".jpeg") or is_dicom(path):
+                names.append(name)
+            else:
+                passed[f"{suffix or 'no suffix'}, not PNG, JPEG or DICOM"] += 1
+    return sorted(names), passed
+
+
+NORMAL = ("", "normal", "no finding", "healthy")
+SPLITS = {"train": "train", "training": "train", "train images": "train",
+          "test": "test", "testing": "test", "test images": "test",
+          "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+
+
+def read_table(file):
+    """CSV -> {image: (set of findings, patient, split)}; the patient is the image if not known."""
+    table = {}
+    try:
+        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
+    except csv.Error as error:
+        raise InputError(f"{file} is not a CSV file: {error}") from error
+    titles = lines[0] if lines else []
+    if not {"image", "findings"} <= set(titles):
+        raise InputError(f"{file} needs columns image and findings, with commas: it has {titles}")
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(titles):
+            raise InputError(f"{file}, row {number}: write {len(titles)} cells, not {len(line)}")
+        cells = dict(zip(titles, line))
+        findings = {name.strip().lower() for name in cells["findings"].split("|")}
+        split = cells.get("split", "")
+        row = (findings.difference(NORMAL), cells.get("patient") or cells["image"], split)
+        if split not in ("", "train", "test"):
+            raise InputError(f"{file}, row {number}: write train, test or nothing for {split}")
+        if table.setdefault(cells["image"], row) != row:
+            raise InputError(f"{file}, row {number}: keep one of the rows of {cells['image']}")
+    return table
+
+
+def class_folders(names, passed):
+    """Findings and split by folders: -> {name: row} as read_table.
+
+    Classes are the folders called normal, no_finding or healthy and those beside one; without any,
+    no findings are known. Folders called train and test are the split, if there is one called test.
     """
-    mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-6
-    x, y = (train_x - mean) / std, torch.from_numpy(train_y).to(train_x.dtype)
-    weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-    return ((test_x - mean) / std @ weight + y.mean(0)).numpy()
+    folders = {name: name.lower().replace("_", " ").split("/")[:-1] for name in names}
+    splits = {name: next((SPLITS[part] for part in parts if part in SPLITS), "")
+              for name, parts in folders.items()}
+    has_test = "test" in splits.values()
+    kinds = {name: [part for part in parts if part not in SPLITS]
+             for name, parts in folders.items()}
+    above = {tuple(parts[:i]) for parts in kinds.values() for i, part in enumerate(parts)
+             if part in NORMAL}
+    table = {}
+    for name, parts in kinds.items():
+        classes = [part for i, part in enumerate(parts) if tuple(parts[:i]) in above]
+        if above and not classes:
+            passed["outside of the class folders"] += 1
+        elif splits[name] == "val":
+            passed["of a validation split"] += 1
+        else:
+            split = splits[name] if has_test else ""
+            table[name] = (set(classes[:1]).difference(NORMAL), name, split)
+    return table
 
-def finetune(model, data, rows, device, steps, batch_size=32, lr=1e-3):
-    """Trains a copy of the teacher's blocks, and a linear layer on its mean token, on labels [P].
 
-    It sees these rows of data. Returns scores (T, F) of the test images. The recipe is ours [D].
+def split_patients(table, passed):
+    """The split of a table, or a fixed fifth of its patients as test: -> {name: train or test}."""
+    if not any(split for _, _, split in table.values()):
+        return {name: "test" if zlib.crc32(os.fsencode(patient)) % 1000 < 200 else "train"
+                for name, (_, patient, _) in table.items()}
+    tested = {patient for _, patient, split in table.values() if split == "test"}
+    splits = {}
+    for name, (_, patient, split) in table.items():
+        if not split:
+            passed["without a split"] += 1
+        elif split == "train" and patient in tested:
+            passed["in train, of patients in test"] += 1
+        else:
+            splits[name] = split
+    return splits
+
+
+def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
+    """Radiographs of a folder, with labels of a CSV or of class folders; without both, phantoms."""
+    if not data and not labels:
+        return phantom_radiographs(img_size)
+    if not data or not Path(data).is_dir():
+        raise InputError(f"--data {data} is not a folder: name the one that the images are in")
+    found, passed = find_files(data)
+    if labels:
+        table = read_table(labels)
+        absent = len(table.keys() - set(found))
+        table = {name: table[name] for name in found if name in table}
+        passed[f"without a row in {labels}"] = len(found) - len(table)
+        source = f"{labels} ({absent} rows name no image)"
+    else:
+        table = class_folders(found, passed)
+        source = "class folders"
+    splits = split_patients(table, passed)
+    names = list(splits)
+    paths = [Path(data, name).absolute() for name in names]
+    if names:
+        images, hashes, failed = decode_files(paths, img_size, levels, cache)
+    known = {}                                             # findings by content
+    kept = []                                              # rows: the first of equal files
+    for row, name in enumerate(names):
+        if row in failed:
+            passed[f"unreadable ({failed[row]})"] += 1
+        elif hashes[row] in known:
+            passed["equal to another image"] += 1
+            known[hashes[row]] = known[hashes[row]] | table[name][0]
+        else:
+            known[hashes[row]] = table[name][0]
+            kept.append(row)
+    over = "; ".join(f"{n} {reason}" for reason, n in passed.most_common() if n) or "nothing"
+    if not kept:
+        raise InputError(f"--data {data} has no image to use (passed over: {over}); the column "
+                         "image of --labels has paths below it")
+    if len(kept) < len(names):                             # a cache of its own, without gaps
+        paths = [paths[row] for row in kept]
+        images, hashes, failed = decode_files(paths, img_size, levels, cache)
+        if failed:
+            raise InputError(f"files in {data} change while they are read: start again")
+
+    names = [names[row] for row in kept]
+    patients = [table[name][1] for name in names]
+    findings = sorted(set().union(*known.values()))
+    truth = np.array([[finding in known[key] for finding in findings] for key in hashes], bool)
+    test = np.array([splits[name] == "test" for name in names])
+    unknown = sum(patient == name for patient, name in zip(patients, names))
+    people = f"{len(names)} images of {len(set(patients))} patients, by {labels}"
+    if unknown:
+        people = (f"patients unknown: {unknown} images count as {unknown} people; name them with "
+                  "--labels")
+    print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} normal; passed over: {over}\n"
+          f"findings by {source}: "
+          f"{', '.join(findings) or 'none are known, so that all images count as normal'}\n"
+          f"{people}\n{(~test).sum()} images to train on, {test.sum()} held out")
+    return Radiographs(names, images, truth, findings, patients, hashes, np.flatnonzero(~test),
+                       np.flatnonzero(test))
+
+
+# ---- Phantoms ------------------------------------------------------------------------------------
+
+def edge(distance, blur):
+    """A soft edge: 0 where distance < -blur (outside), 1 where distance > blur (inside)."""
+    return np.clip(0.5 + 0.5 * distance / blur, 0, 1)
+
+
+def ellipse(x, y, width, height, blur):
+    """A soft-edged ellipse around x = y = 0 with these half axes: 1 inside, 0 outside."""
+    return edge(width * (1 - np.hypot(x / width, y / height)), blur)
+
+
+def radiograph(rng, size):
+    """One image (size, size) uint8, labels (3,) bool and masks (3, size, size) bool of findings."""
+    labels = rng.random(3) < 0.2
+    draw = rng.uniform
+    blur = 0.005 + 0.7 / size                               # no edge is sharper than a pixel
+    axis = (2 * np.arange(size) + 1) / size - 1             # centres of the pixels
+    y = draw(0.9, 1.1) * axis[:, None] + draw(-0.08, 0.08)  # down, -1 to 1
+    x = draw(0.9, 1.15) * axis + draw(-0.08, 0.08) + draw(-0.07, 0.07) * y  # to the patient's left
+    lateral = np.abs(x)                                     # distance from the midline
+    # Body: a neck, and a trunk with sloping shoulders
+    neck = edge(draw(0.2, 0.28) - lateral, 0.04)
+    shoulders = edge(y + draw(0.86, 0.96) - 0.3 * lateral, 0.06)
+    trunk = edge(draw(0.88, 1.05) - 0.12 * y - lateral, 0.04) * shoulders
+    body = np.maximum(neck, trunk)
+    # Lungs: the chest above the diaphragm (higher over the liver), without mediastinum and heart
+    base = draw(0.35, 0.5)
+    apex = draw(-0.76, -0.64)
+    chest = body * ellipse(lateral - 0.37 - 0.1 * y, y - base, 0.36, base - apex, blur)
+    diaphragm = base + draw(1.3, 2.2) * (lateral - 0.35) ** 2 - draw(0.03, 0.09) * (x < 0)
+    mediastinum = edge(draw(0.11, 0.15) - lateral, 3 * blur)
+    heart_y = y - base + 0.1
+    heart_x = x - draw(0.08, 0.12) - draw(0.2, 0.5) * heart_y   # leans to the patient's left
+    radius = draw(0.26, 0.32)
+    heart = ellipse(heart_x, heart_y, radius, 0.85 * radius, 3 * blur)
+    air = chest * edge(diaphragm - y, blur) * (1 - mediastinum) * (1 - heart)
+    hilum = ellipse(lateral - 0.12, y + 0.05, 0.18, 0.25, 0.15)     # the lung's large vessels
+    # Findings take the place of air: all of it, but a nodule, thinner than the lung, only some
+    side = rng.choice([-1, 1])
+    nodule_x = x + side * draw(0.3, 0.5)                    # in the lung without the effusion
+    nodule_y = y - draw(-0.45, -0.1)                        # above the heart
+    nodule = draw(0.3, 0.5) * ellipse(nodule_x, nodule_y, 0.06, 0.06, 0.03)
+    surface = base - draw(0.05, 0.3) - 0.4 * lateral ** 3   # the fluid climbs the chest wall
+    effusion = edge(y - surface, 3 * blur) * (side * x > 0)
+    cardiomegaly = ellipse(heart_x, heart_y, 1.35 * radius, 1.15 * radius, 3 * blur)
+    opacity = labels[:, None, None] * np.stack([nodule, effusion, cardiomegaly])
+    masks = air * opacity > 0.05
+    air = air * np.prod(1 - opacity, 0)
+    # Bones: a wave per rib; posterior ribs slope down to the side, anterior ones to the middle
+    posterior = np.cos(38 * (y - draw(0.3, 0.6) * lateral ** 3) + draw(0, 6))
+    anterior = np.cos(38 * (y + draw(0.5, 0.8) * lateral) + draw(0, 6))
+    ribs = 0.1 * edge(posterior - 0.3, 0.4) + 0.06 * edge(anterior - 0.3, 0.4)
+    spine = edge(0.075 - lateral, 2 * blur) * (1 + 0.2 * np.cos(50 * y))    # a wave per vertebra
+    clavicle = ellipse(lateral - 0.34, y + 0.5 + 0.2 * lateral, 0.25, 0.035, 0.05)
+    bone = body * (0.2 * spine + 0.16 * clavicle) + chest * ribs
+    # Film: whiter where more is absorbed; exposure and contrast vary, and grain is drawn last
+    tissue = body * (0.8 + 0.25 * edge(y, 0.6)) - air * (0.65 - 0.25 * hilum)
+    film = (1 - np.exp(-draw(0.8, 3.6) * (tissue + bone))) ** draw(0.7, 2.6)
+    film += draw(0.008, 0.02) * rng.standard_normal((size, size))
+    return (255 * np.clip(0.03 + 0.93 * film, 0, 1)).astype(np.uint8), labels, masks
+
+
+def phantoms(n, size, seed=0):
+    """Simple frontal chest radiographs [D] of 32 to 512 px; image i depends on (seed, i) alone.
+
+    Each of F = 3 findings has a chance of 0.2: half are normal. Anatomy is the same at all sizes.
+    -> images (n, 1, size, size) uint8, labels (n, F) bool, masks (n, F, size, size) bool, F names.
     """
-    torch.manual_seed(0)
-    random, encoder = np.random.default_rng(0), copy.deepcopy(model.teacher.encoder)
-    layer = nn.Linear(encoder.pos_embed.shape[2], len(data.findings)).to(device)
-    trained = [*encoder.blocks.requires_grad_().parameters(), *layer.parameters()]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
+    drawn = [radiograph(np.random.default_rng((seed, i)), size) for i in range(n)]
+    images, labels, masks = (np.stack(parts) for parts in zip(*drawn))
+    return images[:, None], labels, masks, ["nodule", "effusion", "cardiomegaly"]
 
-    def predict(images):
-        return layer(encoder(model.normalise(images))[:, 1:].mean(1))          # (B, F)
 
-    for step in range(steps):
-        chosen = random.choice(rows, batch_size)
-        truth = torch.from_numpy(data.labels[chosen]).to(device, torch.float)
-        scores = predict(to_device(data.images[chosen], device))
-        loss = F.binary_cross_entropy_with_logits(scores, truth)
-        optimizer.param_groups[0]["lr"] = cosine(lr, 0.0, step / steps) * min(1, (step + 1) / 10)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        return in_batches(predict, data.images, data.test, device).cpu().numpy()
+def phantom_radiographs(size):
+    """2,500 phantoms of seed 0, of which the last fifth is held out: -> Radiographs."""
+    images, labels, masks, findings = phantoms(2500, size)
+    names = [f"phantom {i}" for i in range(len(images))]
+    hashes = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images]
+    return Radiographs(names, images, labels, findings, names, hashes, np.arange(2000),
+                       np.arange(2000, 2500), masks.any(1))
 
-def evaluate_labels(predict, data, fraction, draws=5, resamples=200):
-    """AUROC after learning from a fraction of the training labels: a mean over draws of it.
-
-    predict takes rows of data to learn from and scores the test images (T, F). Returns a report,
-    and macro AUROCs of bootstrap samples of draws and test images, the same ones for two models.
-    """
-    random, truth, scores = np.random.default_rng(0), data.labels[data.test], []
-    for _ in range(draws if fraction < 1 else 1):
-        rows = random.permutation(data.train)[:max(2, round(fraction * len(data.train)))]
-        scores.append(predict(rows))
-        scores[-1][:, data.labels[rows].all(0) | ~data.labels[rows].any(0)] = math.nan
-
-    def by_finding(draws, rows):
-        return np.nanmean([list(map(auroc, scores[draw][rows].T, truth[rows].T))
-                           for draw in draws], 0)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                # a mean of nothing is NaN
-        each = by_finding(range(len(scores)), slice(None))
-        samples = [np.nanmean(by_finding(random.choice(len(scores), len(scores)),
-                                         random.choice(len(truth), len(truth))))
-                   for _ in range(resamples)]
-        return {"macro_auroc": float(np.nanmean(each)),
-                "ci95": interval(samples),
-                "per_finding": dict(zip(data.findings, each.tolist()))}, samples
-
-def grad_cam(model, weight, images):
-    """Token-wise Grad-CAM on the last block [P], before its negative part is cut.
-
-    The score is the mean token times weight (D,): images (B, 1, S, S) -> (B, L).
-    """
-    encoder, kept = model.teacher.encoder, []
-    with torch.enable_grad(), encoder.blocks.register_forward_hook(
-            lambda blocks, inputs, output: kept.append(output.requires_grad_())):
-        score = encoder(model.normalise(images))[:, 1:].mean(1) @ weight       # (B,)
-    gradient = torch.autograd.grad(score.sum(), kept)[0][:, 1:]                # (B, L, D)
-    return (gradient.mean(1, keepdim=True) * kept[0][:, 1:]).sum(2).detach()
-
-def probe_maps(model, features, data, images):
-    """Where the probe of "any finding" looks, by Grad-CAM: (n, 1, S, S) -> (n, S, S).
-
-    Tokens differ more by position than by finding, so the mean of 300 normal images is taken off
-    before the negative part is cut [D].
-    """
-    normal = ~data.labels.any(1)
-    # The probe is affine, so its scores of zero and of the unit vectors tell its weights.
-    points = torch.eye(features.shape[1] + 1)[:, 1:]
-    scores = linear_probe(features[data.train], ~normal[data.train, None], points)[:, 0]
-    weight = torch.from_numpy(scores[1:] - scores[0]).to(images.device)        # (D,)
-    usual = in_batches(lambda x: grad_cam(model, weight, x), data.images,
-                       data.train[normal[data.train]][:300], images.device).mean(0)
-    cams = torch.cat([grad_cam(model, weight, part) for part in images.split(64)])
-    return enlarge((cams - usual).clamp_min(0), images.shape[-1])
-
-def evaluate_localisation(maps, masks, resamples=1000):
-    """How well maps (n, S, S) of a score point at the findings in masks (n, S, S) bool.
-
-    pointing: is the maximum on a finding? auroc, and dice at each image's own best threshold. Each
-    figure is a mean over images, with an interval; an image that is all finding has no auroc.
-    """
-    report = {"images": len(masks)}
-    found = [{**detection(scores.ravel(), mask.ravel()), "pointing": mask.flat[scores.argmax()]}
-             for scores, mask in zip(maps, masks)]
-    for measure in "pointing", "auroc", "dice":
-        values = np.array([image[measure] for image in found], float)
-        values = values[np.isfinite(values)]
-        draws = np.random.default_rng(0).choice(values, (resamples, len(values))).mean(1)
-        report[measure] = {"mean": float(values.mean()), "ci95": interval(draws)}
-    return report
-
-def silhouette(points, cluster):
-    """Mean silhouette (Rousseeuw, 1987): points (..., D), cluster (...) integers -> -1 to 1."""
-    points, cluster = points.flatten(0, -2), cluster.flatten().long()  # (N, D), (N,)
-    member = F.one_hot(cluster).to(points.dtype)                       # (N, clusters)
-    size = member.sum(0)
-    mean = torch.cdist(points, points) @ member / size                 # distance to each cluster
-    own = (mean * member).sum(1) * (size / (size - 1).clamp_min(1))[cluster]
-    other = mean.masked_fill(member.bool(), math.inf).amin(1)
-    score = (other - own) / torch.maximum(own, other).clamp_min(1e-12)
-    return float(torch.where(size[cluster] > 1, score, 0).mean())
-
-def restoration_error(model, images):
-    """Four masks in turn hide one token of every 2 x 2: (B, 1, S, S) -> mean square (B, L)."""
-    x = model.normalise(images)
-    tokens, error = model.student.encoder(x), 0                                # (B, 1 + L, D)
-    odd = torch.arange(math.isqrt(tokens.shape[1] - 1), device=x.device) % 2   # (side,)
-    for turn in range(4):
-        hidden = (2 * odd.unsqueeze(1) + odd == turn).flatten()                # (L,)
-        restored = model.decoder(tokens, hidden.expand(len(x), -1))            # (B, 3, S, S)
-        error = error + hidden * patchify((restored - x) ** 2, model.patch_size).mean(2)
-    return error
-
-@torch.no_grad()
-def anomaly_maps(model, normals, images, shrinkage=0.1):
-    """How abnormal each place looks, from normal images alone [D]: -> {score: (n, S, S)}.
-
-    normals (N, L, D) are tokens of normal images, images (n, 1, S, S) in [0, 1]. The scores:
-    restoration: the error of a token's pixels when it is restored from the other tokens;
-    prototype:   how far a token's scores are from its position's prototype, as in L_cate;
-    position:    Mahalanobis distance to the normal tokens of the position, as in PaDiM, shrunk;
-    neighbours:  mean distance to the 5 nearest of them.
-    """
-    mean, normals = normals.mean(0), normals.transpose(0, 1)                   # (L, N, D)
-    centred = normals - mean.unsqueeze(1)
-    covariance = centred.transpose(1, 2) @ centred / normals.shape[1]          # (L, D, D)
-    spread = covariance.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1) + 1e-6
-    eye = torch.eye(covariance.shape[1], device=covariance.device)
-    precision = torch.linalg.inv((1 - shrinkage) * covariance + shrinkage * spread * eye)
-
-    def scores(images):
-        tokens = model.features(images)                                        # (B, L, D)
-        logits, off = model.teacher.head(tokens), tokens - mean
-        distance = torch.cdist(tokens.transpose(0, 1), normals)                # (L, B, N)
-        nearest = distance.topk(min(5, normals.shape[1]), largest=False).values
-        return torch.stack([
-            restoration_error(model, images),
-            1 - F.cosine_similarity(logits, model.prototypes.prototypes, dim=2),
-            torch.einsum("bld,lde,ble->bl", off, precision, off), nearest.mean(2).T])
-
-    found = torch.cat([scores(batch) for batch in images.split(64)], 1)        # (4, n, L)
-    return {name: enlarge(each, images.shape[-1]) for name, each in zip(
-        ("restoration", "prototype", "position", "neighbours"), found)}
-
-def enlarge(tokens, size):
-    """A number for each token, drawn over the image: (n, L) -> (n, size, size) array."""
-    return F.interpolate(unpatchify(tokens.unsqueeze(2), 1), (size, size),
-                         mode="bilinear").squeeze(1).cpu().numpy()
-
-def image_scores(maps):
-    """An image scores the mean of its map's top quarter: (n, S, S) -> (n,)."""
-    ranked = np.sort(maps.reshape(len(maps), -1))
-    return ranked[:, 3 * ranked.shape[1] // 4:].mean(1)
-
-def evaluate_anomaly(maps, abnormal, masks):
-    """How well maps (n, S, S) of a score detect abnormal images (n,) and pixels, masks (n, S, S).
-
-    An abnormal image whose mask is empty counts as an image only.
-    """
-    scores, located = image_scores(maps), ~abnormal | masks.any((1, 2))
-    samples = np.random.default_rng(0).integers(len(masks), size=(200, len(masks)))
-    areas = [auroc(scores[rows], abnormal[rows]) for rows in samples]
-    image = detection(scores, abnormal)
-    pixel = detection(maps[located].ravel(), masks[located].ravel())
-    return {"image_auroc": image["auroc"], "image_ap": image["ap"],
-            "image_ci95": interval(areas),
-            "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"], "dice": pixel["dice"]}
-
-def in_batches(function, images, rows, device):
-    """function of images[rows] on the device, 64 at a time: (n, ...)."""
-    parts = np.array_split(rows, 1 + len(rows) // 64)
-    return torch.cat([function(to_device(images[part], device)) for part in parts])
-
-def rank_images(model, known, data, device, out):
-    """How odd images without labels look by `neighbours`: writes scores.csv, maps of the oddest.
-
-    They are compared with normal images that the run was trained on, and ranked among normal ones
-    that it held out.
-    """
-    fit, usual = (np.random.default_rng(0).permutation(rows[~known.labels[rows].any(1)])[:500]
-                  for rows in (known.train, known.test))
-    tokens = in_batches(model.features, known.images, fit, device)             # (N, L, D)
-
-    def score(images):
-        return torch.from_numpy(image_scores(anomaly_maps(model, tokens, images)["neighbours"]))
-
-    usual = in_batches(score, known.images, usual if len(usual) else fit, device)
-    rows = np.union1d(data.train, data.test)
-    scores = in_batches(score, data.images, rows, device)
-    order = scores.argsort(descending=True).numpy()
-    table = [(data.records[rows[i]]["name"], f"{scores[i]:.4f}",
-              f"{100 * (usual < scores[i]).double().mean():.1f}") for i in order]
-    with open(out / "scores.csv", "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerows([("image", "score", "percentile"), *table])
-    first = to_device(data.images[rows[order[:8]]], device)
-    maps = anomaly_maps(model, tokens, first)
-    plot_images(out / "highest.png", {"image": first}, {"neighbours": maps["neighbours"]})
-    print(f"no labels in --data: scores of {len(rows)} images, the oddest first, and percentiles "
-          f"among {len(usual)} normal images of the run, in {out}: scores.csv, highest.png")
-
-def open_run(args):
-    """The run of --ckpt: -> options of eval, completed by the run's; the run's; its weights."""
-    ckpt = Path(args.ckpt or max(Path("runs").glob("*/checkpoint.pth"), key=os.path.getmtime,
-                                 default="runs/*/checkpoint.pth"))
-    ckpt = ckpt / "checkpoint.pth" if ckpt.is_dir() else ckpt
-    checkpoint = read_checkpoint(ckpt) if ckpt.is_file() else {}
-    if "config" not in checkpoint:
-        raise InputError(f"{ckpt} is no checkpoint of a run: make one with `python afire.py "
-                         "pretrain`, or name one with --ckpt")
-    run = {**checkpoint["config"], "out": str(ckpt.parent)}
-    moved = {"root": None, "labels": None} if args.data else {}
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    options = argparse.Namespace(**{**run, **moved, **given})
-    return options, argparse.Namespace(**run), checkpoint["model"]
-
-def leave_out_trained(data, known):
-    """Takes out of data's test split what a run on `known` was pre-trained on, by the file."""
-    trained = {known.records[row]["path"].resolve() for row in known.train
-               if not known.labels[row].any()}
-    new = np.array([data.records[row]["path"].resolve() not in trained for row in data.test], bool)
-    data.test = data.test[new]
-    if not new.all():
-        print(f"{(~new).sum()} images to test on were pre-trained on, and are left out")
-
-def choose_images(data, device):
-    """-> rows of normal images to fit on, the sets to test on, and pairs: 24 x, their x' and M.
-
-    A set is images (n, 1, S, S), which are abnormal (n,) and where (n, S, S): real ones, of which
-    those with a mask come first, or the normal ones of these without and with synthetic lesions.
-    """
-    random, normal = np.random.default_rng(0), ~data.labels.any(1)
-    fit = random.permutation(data.train[normal[data.train]])[:1000]    # so many are enough
-    test = sorted(random.permutation(data.test), key=lambda row: "mask" not in data.records[row])
-    rows = sorted([row for row in test if normal[row]][:500]
-                  + [row for row in test if not normal[row]][:500])
-    if min(len(fit), normal[rows].sum()) < 2:
-        raise InputError("--data has too few images without findings, to fit on or to test on: add "
-                         "some")
-    nowhere = np.zeros(data.images.shape[2:], bool)
-    masks = np.stack([data.records[row].get("mask", nowhere) for row in rows])
-    images = to_device(data.images[rows], device)
-    healthy = images[normal[rows]]
-    lesioned, mask = synthetic_lesion_mask(healthy, torch.Generator().manual_seed(0))
-    lesions = torch.cat([torch.zeros_like(mask), mask]).squeeze(1).cpu().numpy() > 0
-    sets = {"anomaly": (images, ~normal[rows], masks),
-            "synthetic": (torch.cat([healthy, lesioned]), lesions.any((1, 2)), lesions)}
-    return fit, sets, (healthy[:24], lesioned[:24], mask[:24])
-
-def evaluate_model(model, data, fit, sets, pairs, options):
-    """All figures of one model: -> report, bootstrap samples, maps of each set, for plot_tokens."""
-    device, everything = options.device, np.arange(len(data.images))
-    features = in_batches(lambda x: model.features(x).mean(1), data.images, everything, device)
-    features = features.cpu()                                                  # (n, D)
-    normals = in_batches(model.features, data.images, fit, device)             # (N, L, D)
-    if not model.prototypes.updates:              # untrained: the mean over normal images
-        model.prototypes.update(model.teacher.head(normals))
-    ways = {"linear": (5, lambda rows: linear_probe(
-        features[rows], data.labels[rows], features[data.test]))}
-    if options.finetune:
-        ways["finetune"] = 3, lambda rows: finetune(model, data, rows, device, options.finetune)
-    report, samples, maps = {way: {} for way in ways}, {}, {}
-    for way, (draws, predict) in ways.items():
-        for percent in 1, 10, 100:
-            report[way][f"{percent}%"], samples[f"{way} {percent}%"] = evaluate_labels(
-                predict, data, percent / 100, draws)
-    for kind, (images, *truth) in sets.items():
-        maps[kind] = anomaly_maps(model, normals, images)
-        report[kind] = {score: evaluate_anomaly(each, *truth)
-                        for score, each in maps[kind].items()}
-
-    healthy, lesioned, mask = pairs
-    tokens, abnormal = model.features(healthy).cpu(), abnormal_tokens(mask, model.patch_size).cpu()
-    off = (model.features(lesioned) - normals.mean(0)).cpu()                   # (24, L, D)
-    report["cohesion"] = silhouette(tokens, torch.arange(len(off[0])).expand(len(tokens), -1))
-    report["cohesion_by_category"] = silhouette(off, abnormal)
-    images, _, masks = sets["anomaly"]
-    located = masks.any((1, 2))
-    if located.any():
-        found = {score: each[located] for score, each in maps["anomaly"].items()}
-        found["grad-cam"] = probe_maps(model, features, data, images[located])
-        report["localisation"] = {score: evaluate_localisation(each, masks[located])
-                                  for score, each in found.items()}
-    return report, samples, maps, (tokens, off, abnormal)
-
-def print_report(prefix, report, untrained):
-    """A line for each figure, with its 95 % interval where there is one."""
-    for name, value in report.items():
-        if isinstance(value, dict):
-            print_report(f"{prefix}{name} ", value, untrained[name])
-        elif isinstance(value, float):
-            other = math.nan if untrained[name] is None else untrained[name]
-            interval = "  [{:.3f}, {:.3f}]".format(*report["ci95"]) if "ci95" in report else ""
-            print(f"{prefix + name:44} {value:10.3f} {other:10.3f}{interval}")
-
-def write_report(report, samples, out):
-    """metrics.json, samples.json and a table; gains are in pairs of samples of the same images."""
-    flat = {f"{name} {key}": each for name in samples for key, each in samples[name].items()}
-    report, flat = (json.loads(json.dumps(each), parse_constant=lambda _: None)    # NaN to null
-                    for each in (report, flat))
-    (out / "metrics.json").write_text(json.dumps(report, indent=2))
-    (out / "samples.json").write_text(json.dumps(flat))
-    print(f"{'':44} checkpoint  untrained  [95 % interval of the checkpoint's]")
-    print_report("", report["checkpoint"], report["random_init"])
-    for key, each in samples["checkpoint"].items():
-        gain = np.subtract(each, samples["random_init"][key])
-        low, high = interval(gain)
-        if math.isnan(low):                                            # no finding to learn
-            continue
-        print(f"{f'{key} gain, in pairs':44} {np.nanmean(gain):10.3f}"
-              f"{'':14}[{low:.3f}, {high:.3f}]")
-
-def evaluate(args):
-    """A checkpoint beside the same model untrained: prints a table, writes metrics and figures."""
-    options, run, weights = open_run(args)
-    data, device = load_radiographs(options), args.device
-    if args.boxes and not (options.data and data.findings):
-        raise InputError("--boxes needs images with findings: name them with --data, and their "
-                         "findings with --labels, a list or folders of classes")
-    out = Path(args.results or f"{run.out}/eval")
-    out.mkdir(parents=True, exist_ok=True)
-    models = {name: build_model(options).to(device).eval()
-              for name in ("random_init", "checkpoint")}
-    models["checkpoint"].load_state_dict(weights)
-    if args.data and not data.findings:
-        return rank_images(models["checkpoint"], load_radiographs(run), data, device, out)
-    if args.boxes:
-        read_boxes(args.boxes, data)
-    if args.data and run.data and Path(run.data).exists():
-        leave_out_trained(data, load_radiographs(run))
-    print(f"{run.out} on {options.data or 'phantoms'}: learning from {len(data.train)} images, "
-          f"testing on {len(data.test)}, {data.labels[data.test].any(1).sum()} with findings")
-    fit, sets, pairs = choose_images(data, device)
-    report, samples, tokens = {}, {}, {}
-    for name, model in models.items():
-        report[name], samples[name], maps, tokens[name] = evaluate_model(
-            model, data, fit, sets, pairs, options)
-    write_report(report, samples, out)
-    kind = "anomaly" if sets["anomaly"][2].any() else "synthetic"
-    images, _, masks = sets[kind]
-    five = np.flatnonzero(masks.any((1, 2)))[:5]
-    plot_images(out / "anomaly.png", {"truth": images[five]},
-                {score: each[five] for score, each in maps[kind].items()}, masks[five])
-    plot_tokens(tokens, out / "tokens.png")
-    print(f"in {out}: metrics.json, samples.json, anomaly.png, tokens.png")
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-def new_figure(width, height):
-    """An empty figure, in inches; matplotlib is imported only here, as that takes a while."""
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
-
-def plot_images(file, images, maps, outline=None):
-    """A column for each of images and maps {title: (n, S, S) or (n, 1, S, S)}, outline on all."""
-    columns = {**images, **maps}
+def plot_images(file, columns):
+    """A column of images for each title: {title: (n, S, S)}, maps {title: (n, side, side)}."""
     n = len(next(iter(columns.values())))
-    figure = new_figure(1.9 * len(columns), 1.9 * n + 0.3)
+    size = max(images.shape[-1] for images in columns.values())
+    figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
     axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for column, (title, each) in zip(axes.T, columns.items()):
+    for column, (title, images) in zip(axes.T, columns.items()):
         column[0].set_title(title)
-        each = torch.as_tensor(each).cpu().numpy().reshape(n, *each.shape[-2:])
-        for row, axis in enumerate(column):
-            axis.imshow(each[row], "magma" if title in maps else "gray",
-                        vmin=each.min(), vmax=each.max())
-            if outline is not None:
-                axis.contour(outline[row], [0.5], colors="cyan", linewidths=0.8)
+        is_map = images.shape[-1] < size
+        for axis, image in zip(column, images):
+            axis.imshow(image, "magma" if is_map else "gray", vmin=images.min(), vmax=images.max(),
+                        interpolation="bilinear" if is_map else None)
     figure.savefig(file, dpi=100)
+
+
+def plot_maps(file, images, maps):
+    """Images (n, S, S) beside their maps {score: (n, L)}."""
+    side = math.isqrt(next(iter(maps.values())).shape[1])
+    grids = {score: tokens.reshape(-1, side, side) for score, tokens in maps.items()}
+    plot_images(file, {"image": images, **grids})
+
 
 @torch.no_grad()
-def plot_restoration(model, normal, file):
-    """x, x', what is restored from x', and M, for images (B, 1, H, W)."""
+def plot_restoration(file, afire, normal):
+    """x, x', M, and x' with its abnormal tokens restored, for images (B, 1, H, W)."""
     lesioned, mask = synthetic_lesion_mask(normal, torch.Generator().manual_seed(0))
-    restored = model.decoder(model.student.encoder(model.normalise(lesioned)),
-                             abnormal_tokens(mask, model.patch_size))
-    restored = (restored * model.std + model.mean).mean(1, keepdim=True).clamp(0, 1)
-    plot_images(file, {"x": normal, "x' = x + lesions": lesioned, "restored": restored},
-                {"mask M": mask})
+    abnormal = abnormal_tokens(mask, afire.patch_size)                         # (B, L)
+    restored = afire.decoder(afire.student["encoder"](normalise(lesioned)), abnormal)
+    restored = (restored[:, 1:2] * 0.224 + 0.456).clamp(0, 1)  # one channel, no longer normalised
+    patches = torch.where(abnormal.unsqueeze(2), patchify(restored, afire.patch_size),
+                          patchify(lesioned, afire.patch_size))
+    columns = {"x": normal, "x' = x + M": lesioned, "M": mask,
+               "x', lesions restored": unpatchify(patches, afire.patch_size)}
+    plot_images(file, {title: images[:, 0].cpu().numpy() for title, images in columns.items()})
 
-def plot_losses(history, file):
-    """The losses over the epochs, from the lines of log.jsonl."""
-    figure = new_figure(9, 2.5)
-    for axis, name in zip(figure.subplots(1, 3), ("structure", "category", "restoration")):
-        axis.plot([record["epoch"] for record in history], [record[name] for record in history])
-        axis.set(title=name, xlabel="epoch", ylim=(0, None))
-    figure.savefig(file, dpi=100)
-
-def plot_tokens(tokens, file):
-    """Tokens of each model on two principal components, by position and by class [P: Fig. 5].
-
-    tokens {title: (those of normal images (B, L, D), those of lesioned images less the mean of
-    their position (B, L, D), abnormal (B, L) bool)}.
-    """
-    figure, side = new_figure(9, 6), math.isqrt(next(iter(tokens.values()))[0].shape[1])
-    axes = figure.subplots(2, 1 + len(tokens), subplot_kw={"xticks": [], "yticks": []})
-    y, x = np.mgrid[0:1:1j * side, 0:1:1j * side]
-    colour = np.stack([x, y, 1 - x], 2)                                        # (side, side, 3)
-    axes[0, 0].imshow(colour)
-    axes[0, 0].set_title("position")
-    for name, each in ("normal", "silver"), ("abnormal", "crimson"):
-        axes[1, 0].scatter([], [], c=each, label=name)
-    axes[1, 0].legend(title="class", loc="center", frameon=False)
-    for column, title in zip(axes[:, 1:].T, tokens):
-        healthy, lesioned, abnormal = tokens[title]
-        column[0].set_title(title)
-        for axis, each, colours in zip(column, (healthy, lesioned), (
-                np.tile(colour.reshape(-1, 3), (len(healthy), 1)),
-                np.where(abnormal.flatten(), "crimson", "silver"))):
-            points = each.flatten(0, 1) - each.mean((0, 1))                    # (B * L, D)
-            plane = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -2:]
-            axis.scatter(*plane.T, s=2, c=colours)
-    figure.savefig(file, dpi=100)
 
 # ---- Command line --------------------------------------------------------------------------------
 
-def find_device(name):
-    """The device of this name, after a trial: a GPU that is not there is told before any work."""
-    try:
-        if name == "cuda":                         # torchrun gives each process one of them
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} is not to be had here") from error
-
-def parse_arguments(argv=None):
-    """Every option is declared once, most in a table: help, and one default or one a preset."""
-    presets = "phantoms", "small", "paper"
-    options = {
-        "out": ("folder of the run; one that is there is gone on with", "runs/afire"),
-        "test-fraction": ("of patients to hold out, if --data has no folders train and test", 0.2),
-        "save-every": ("minutes between checkpoints, of which the end of an epoch is one", 30.0),
-        "grad-accum": ("parts of a batch, to save memory; losses and prototypes see one each", 1),
-        "augment": ("what makes x' of x: lesions, or to compare a random affine crop", "lesion"),
-        "arch": ("encoder", "vit_micro", "vit_micro", "vit_base"),
-        "img-size": ("side of the square that images are squashed to, in pixels", 64, 64, 224),
-        "patch-size": ("side of a token's patch, in pixels", 8, 8, 16),
-        "keep": ("fraction of the tokens of x' that the student sees", 1.0, 0.25, 1.0),
-        "levels": ("grey levels of --data: as they are, or equalised", "file", "equal", "file"),
-        "epochs": ("an epoch is each normal image once", 18, 60, 400),
-        "warmup-epochs": ("epochs of linear warm-up", 2.0, 3.0, 10.0),
-        "batch-size": ("images in a step, over all processes", 16, 32, 64),
-        "lr": ("peak learning rate for a batch of 256, scaled with the batch", 16e-3, 8e-3, 5e-4),
-        "teacher-momentum": ("of the teacher, at the start; 1 at the end", 0.97, 0.99, 0.996),
-        "structure-weight": ("of L_stru in the total loss; 0 ablates it", 0.2, 1.0, 1.0),
-        "category-weight": ("of L_cate", 0.2, 1.0, 1.0),
-        "restoration-weight": ("of L_rest", 1.0, 1.0, 1.0),
-        "weight-decay": ("at the start; ten times as much at the end", 0.04, 0.04, 0.04)}
-    best = ("cuda" if torch.cuda.is_available() else
-            "mps" if torch.backends.mps.is_available() else "cpu")
-
-    parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--version", action="version", version=f"AFiRe {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    both, train, test = (argparse.ArgumentParser(add_help=False) for _ in range(3))
-    add = both.add_argument
-    add("--data", help="folder of images, or a list: relative/path 0 1 0 ... (none: phantoms; for "
-        "eval those of the run)")
-    add("--root", help="folder that the paths in a list start from (the list's)")
-    add("--labels", help="CSV: image, findings (a|b), and patient if you have it")
-    add("--cache", help="folder for decoded images (the run's)")
-    add("--device", type=find_device, default=best, help="cpu, cuda, cuda:1, mps (%(default)s)")
-    add = test.add_argument
-    add("--ckpt", help="checkpoint.pth or its folder (the last run's)")
-    add("--out", dest="results", help="folder for the results (eval, in the run's)")
-    add("--boxes", help="CSV: image, finding, x, y, w, h in pixels of the image")
-    add("--finetune", nargs="?", type=int, const=100, default=0, metavar="STEPS",
-        help="also train all blocks of the encoder on the labels: for so many steps, 100 if no "
-        "number is given, which takes minutes")
-    add = train.add_argument
-    add("--init", help="checkpoint that the encoder starts from")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
-    add("--amp", choices=["none", "bf16", "fp16"],
-        help="autocast (on CUDA bf16, or fp16 where there is none; elsewhere none)")
-    add("--preset", choices=presets, help="which of the defaults that are in threes: "
-        "phantoms without --data, else paper on a CUDA GPU, small elsewhere")
-    choices = {"arch": ["vit_micro", "vit_tiny", "vit_small", "vit_base"],
-               "levels": ["file", "equal"], "augment": ["lesion", "crop"]}
-    for name, (text, *values) in options.items():
-        add(f"--{name}", type=type(values[0]), choices=choices.get(name),
-            help=f"{text} ({', '.join(map(str, values))})")
-    three = "; three defaults in brackets are those of the presets phantoms, small and paper"
-    for verb, part, text in (("pretrain", train, "pre-train on normal radiographs"),
-                             ("eval", test, "evaluate a run, on its data or on --data"),
-                             ("bench", train, "time a pretrain with these options")):
-        verbs.add_parser(verb, parents=[both, part], allow_abbrev=False, help=text,
-                         description=text + three if part is train else text)
-    args = parser.parse_args(argv)
-    if args.verb == "eval":
-        if args.finetune < 0:
-            parser.error(f"--finetune {args.finetune} is negative: choose a number of steps")
-        return args
-    args.preset = args.preset or ("phantoms" if not args.data else
-                                  "paper" if args.device.type == "cuda" else "small")
-    for name, (_, *values) in options.items():
-        key, value = name.replace("-", "_"), values[presets.index(args.preset) % len(values)]
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-        least = {int: 1, float: 0, str: ""}[type(value)]
-        if not getattr(args, key) >= least:                            # also if it is not a number
-            parser.error(f"--{name} must be at least {least}")
-    for name in "keep", "teacher_momentum", "test_fraction":
-        if vars(args)[name] > 1 or args.keep == 0:
-            parser.error(f"--{name.replace('_', '-')} {vars(args)[name]} is no fraction: choose "
-                         "one up to 1, for --keep above 0")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is negative: choose 0 or more")
-    if args.amp is None:
-        args.amp = ("none" if args.device.type != "cuda" else
-                    "bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    if args.img_size % args.patch_size:
-        parser.error(f"--img-size {args.img_size} is not a multiple of --patch-size "
-                    f"{args.patch_size}: change one of them")
-    return args
-
 def main(argv=None):
-    args = parse_arguments(argv)
+    """python afire.py pretrain | eval: bad input ends in one sentence and status 2."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")                 # only the first process prints
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have any bytes
     try:
-        {"pretrain": pretrain, "bench": bench, "eval": evaluate}[args.verb](args)
+        options = parse_arguments(argv)
+        if isinstance(options, PretrainOptions):
+            pretrain(options)
+        elif rank == 0:                                    # one process is enough under torchrun
+            evaluate(options)
     except (InputError, OSError) as error:
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped: the same command resumes the run after its last whole epoch")
         sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

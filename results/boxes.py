@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Do anomaly maps, and Grad-CAM of a linear probe, point at what radiologists drew boxes around?
+
+    python results/boxes.py --ckpt runs/afire --data nih/images --labels labels.csv \\
+        --boxes boxes.csv [--out FOLDER]
+
+boxes.csv has the columns image (a path below --data), finding, x, y, w, h, in pixels of the image
+before it is resized. Prints a table and writes boxes.json and boxes.png.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import afire  # noqa: E402
+
+
+def read_boxes(file, data, folder):
+    """Masks of the pixels that the boxes of an image touch: -> {name: mask (S, S) bool}.
+
+    data: Radiographs of the folder. Images that their boxes fill are left out: nothing to locate.
+    """
+    size = data.images.shape[-1]
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        boxes = list(csv.DictReader(stream))
+    if not boxes or not {"image", "finding", "x", "y", "w", "h"} <= boxes[0].keys():
+        raise afire.InputError(f"{file} needs the columns image, finding, x, y, w, h, and a box")
+    names = set(data.names)
+    present = [box for box in boxes if box["image"] in names]
+    print(f"{file}: {len(boxes)} boxes, {len(boxes) - len(present)} of them in no image of the set")
+    if not present:
+        raise afire.InputError(f"{file} has no box in an image of {folder}: its column image needs "
+                               "paths below that folder")
+    masks = {}
+    for box in present:
+        name = box["image"]
+        with Image.open(Path(folder, name)) as image:
+            width, height = ImageOps.exif_transpose(image).size
+        try:
+            x, y, w, h = [float(box[column]) for column in ("x", "y", "w", "h")]
+        except (TypeError, ValueError) as error:
+            raise afire.InputError(f"{file}: {name} needs numbers as x, y, w, h") from error
+        # Boxes of a scaled image are rounded, hence half a pixel.
+        if not (0 <= x < x + w <= width + 0.5 and 0 <= y < y + h <= height + 0.5):
+            raise afire.InputError(
+                f"{file}: a box of {w:g} x {h:g} pixels at ({x:g}, {y:g}) does not fit in {name}, "
+                f"which is {width} x {height}: scale the boxes to the images")
+        mask = masks.setdefault(name, np.zeros((size, size), bool))
+        mask[math.floor(y * size / height):math.ceil((y + h) * size / height),
+             math.floor(x * size / width):math.ceil((x + w) * size / width)] = True
+    return {name: mask for name, mask in masks.items() if not mask.all()}
+
+
+def grad_cam(encoder, weight, images):
+    """Token-wise Grad-CAM on the last block [P], not yet clamped: (B, 1, S, S) -> (B, L).
+
+    It explains the score mean token @ weight, weight (D,).
+    """
+    outputs = []
+
+    def keep(blocks, inputs, output):
+        outputs.append(output.requires_grad_())
+
+    with torch.enable_grad(), encoder.blocks.register_forward_hook(keep):
+        scores = afire.features(encoder, images).mean(1) @ weight              # (B,)
+        gradient = torch.autograd.grad(scores.sum(), outputs)[0][:, 1:]        # (B, L, D)
+    activation = outputs[0][:, 1:].detach()                                    # (B, L, D)
+    return (activation * gradient.mean(1, keepdim=True)).sum(2)
+
+
+def maps_of_network(encoder, whole, data, normals, rows, device):
+    """All maps of images[rows]: -> {score: (rows, L)}. The probe learns from data.train."""
+    def in_batches(function, rows):
+        return afire.in_batches(function, data.images, rows, device)
+
+    tokens = in_batches(lambda images: afire.features(encoder, images), normals)       # (N, L, D)
+    prototypes = whole.teacher["head"](tokens).mean(0) if whole else None      # (L, K)
+    maps = afire.maps_of(data.images, rows, device, encoder=encoder, afire=whole, normals=tokens,
+                         prototypes=prototypes)
+
+    x = in_batches(lambda images: afire.features(encoder, images).mean(1), data.train).cpu()
+    abnormal = torch.from_numpy(data.labels[data.train].any(1, keepdims=True))
+    weight, _ = afire.linear_probe(x, abnormal)                                # (D, 1)
+    weight = weight[:, 0].to(device)
+    cams = in_batches(lambda images: grad_cam(encoder, weight, images), rows)  # (rows, L)
+    cams_of_normals = in_batches(lambda images: grad_cam(encoder, weight, images), normals)
+    # Tokens differ more by position than by finding: the mean of normal images is subtracted [D].
+    maps["Grad-CAM"] = (cams - cams_of_normals.mean(0)).clamp_min(0).cpu().numpy()
+    return maps
+
+
+def localisation(tokens, masks, patients, resamples=1000):
+    """How well a map (T, L) locates masks (T, S, S) bool: -> {measure: mean and interval}.
+
+    AUROC over the pixels of an image, Dice at the image's best threshold, and the pointing game:
+    is the maximum in a box? Means over images; the bootstrap is over patients (T,).
+    """
+    grid = afire.unpatchify(torch.from_numpy(tokens).unsqueeze(2), 1)          # (T, 1, side, side)
+    maps = F.interpolate(grid, masks.shape[1:], mode="bilinear").numpy()       # (T, 1, S, S)
+    pixels = [afire.detection(scores.ravel(), mask.ravel()) for scores, mask in zip(maps, masks)]
+    values = {"AUROC": [image["auroc"] for image in pixels],
+              "Dice": [image["dice"] for image in pixels],
+              "pointing": [mask.flat[scores.argmax()] for scores, mask in zip(maps, masks)]}
+    _, person = np.unique(patients, return_inverse=True)
+    images_of = np.bincount(person)
+    drawn = np.random.default_rng(0).integers(len(images_of), size=(resamples, len(images_of)))
+    report = {}
+    for measure, by_image in values.items():
+        means = np.bincount(person, by_image)[drawn].sum(1) / images_of[drawn].sum(1)
+        report[measure] = {"mean": float(np.mean(by_image)),
+                           "ci95": np.quantile(means, [0.025, 0.975]).tolist()}
+    return report
+
+
+def plot_boxes(file, images, masks, maps):
+    """Images (n, S, S) with masks (n, S, S) outlined in white, beside maps {score: (n, L)}."""
+    outside = F.max_pool2d(torch.from_numpy(~masks).float(), 3, stride=1, padding=1).numpy() > 0
+    afire.plot_maps(file, np.where(masks & outside, 255, images), maps)
+    Image.open(file).convert("RGB").save(file)
+
+
+def evaluate(options):
+    """Tests on images with a box, of patients that neither pre-training nor the probe has seen."""
+    device = afire.find_device("auto")
+    path = Path(options.ckpt)
+    path = path / "checkpoint.pth" if path.is_dir() else path
+    models, run = afire.load_models(path)
+    size = models["checkpoint"][0].sizes[0]
+    data = afire.load_radiographs(options.data, size, labels=options.labels,
+                                  levels=run.levels if run else "file")
+    masks = read_boxes(options.boxes, data, options.data)
+    patients = np.array(data.patients)
+    boxed = np.isin(data.names, list(masks))                                   # (n,)
+    seen = np.isin(data.hashes, afire.trained_images(path))
+    data.train = data.train[~np.isin(patients[data.train], patients[boxed])]
+    data.test = np.flatnonzero(boxed & ~np.isin(patients, patients[seen]))     # (T,)
+    normal = ~data.labels[data.train].any(1)
+    normals = np.random.default_rng(0).permutation(data.train[normal])[:1000]
+    print(f"testing on {len(data.test)} images of {len(set(patients[data.test]))} patients; "
+          f"{boxed.sum() - len(data.test)} left out, as pre-training has seen these patients")
+    if not len(data.test) or len(normals) < 2 or normal.all():
+        raise afire.InputError(f"{len(data.test)} images to test on, {len(normals)} normal and "
+                               f"{(~normal).sum()} other images to learn from: all are needed")
+
+    truth = np.stack([masks[data.names[row]] for row in data.test])            # (T, S, S)
+    out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "boxes")
+    out.mkdir(parents=True, exist_ok=True)
+    report = {}
+    print(f"{'mean (95 % interval)':28}{'AUROC':24}{'Dice':24}pointing game")
+    for name, (encoder, whole) in models.items():
+        (whole or encoder).to(device).eval().requires_grad_(False)
+        maps = maps_of_network(encoder, whole, data, normals, data.test, device)
+        report[name] = {}
+        for score, tokens in maps.items():
+            report[name][score] = localisation(tokens, truth, patients[data.test])
+            cells = ["{:.3f} ({:.3f} to {:.3f})  ".format(figures["mean"], *figures["ci95"])
+                     for figures in report[name][score].values()]
+            print(f"{score:14}{name:14}{''.join(cells)}")
+        if name == "checkpoint":
+            plot_boxes(out / "boxes.png", data.images[data.test[:5], 0], truth[:5],
+                       {score: tokens[:5] for score, tokens in maps.items()})
+    (out / "boxes.json").write_text(json.dumps(report, indent=2))
+    print(f"in {out}: boxes.json, boxes.png")
+
+
+def main(argv=None):
+    """Bad input ends in one sentence and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ckpt", default="runs/afire", help="folder of a run, or an encoder")
+    parser.add_argument("--data", required=True, help="folder of radiographs")
+    parser.add_argument("--labels", help="CSV, as for afire.py")
+    parser.add_argument("--boxes", required=True, help="CSV: image, finding, x, y, w, h")
+    parser.add_argument("--out", help="folder for the results; else boxes in the run's folder")
+    try:
+        evaluate(parser.parse_args(argv))
+    except (afire.InputError, OSError) as error:
+        print(f"boxes.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
