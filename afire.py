@@ -779,6 +779,7 @@ def pretrain(options):
                          to_device(data.images[normals[:4]], device))
     print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), log.jsonl, restoration.png")
     if world > 1:
+        torch.distributed.barrier()                        # none leaves while another still writes
         torch.distributed.destroy_process_group()
 
 
@@ -1248,7 +1249,7 @@ def read_image(path, size, levels="file"):
         image = Image.fromarray(read_dicom(path))
     else:
         with Image.open(path, formats=["PNG", "JPEG"]) as file:
-            file.draft("L", (2 * size, 2 * size))          # decodes a large JPEG at half its size
+            file.draft("L", (size * 3 // 2, size * 3 // 2))    # a large JPEG at half size or less
             image = ImageOps.exif_transpose(file)
     if image.mode[0] in "IF":
         pixels = np.asarray(image, np.float32)
