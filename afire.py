@@ -68,14 +68,16 @@ def otsu_threshold(levels):
 
 def largest_region(bright, rounds=8):
     """The 8-connected region of most pixels [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
-    # Connected components by pointer jumping between blocks of 2 x 2 pixels, which all touch: a
-    # block takes the largest pointer around it and its root's. The worst maze tried needs 7 rounds.
+    # Connected components by pointer jumping between blocks of 2 x 2 pixels, which all touch. Each
+    # block takes the largest label among its neighbours, its root as well, then pointers are
+    # shortened twice. The worst maze that was tried needs 7 rounds.
     B, H, W = bright.shape
     padded = F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2))       # zeros, since `roll` wraps around
     blocks = F.pixel_unshuffle(padded.unsqueeze(1), 2)                         # (B, 4, h, w)
     h, w = blocks.shape[2:]
     nw, ne, sw, se = blocks.flatten(2).unbind(1)                               # (B, h * w) each
     neighbours = ((1, ne | se, nw | sw), (w, sw | se, nw | ne), (w + 1, se, nw), (w - 1, sw, ne))
+    # A link: do block b and block b + step touch? The other four neighbours are links back.
     links = [(step, (near & far.roll(-step, 1)).int()) for step, near, far in neighbours]
     pointer = torch.arange(h * w, device=bright.device).expand(B, -1)          # (B, h * w)
     for _ in range(rounds):
@@ -502,7 +504,8 @@ class DataOptions:
             value = getattr(self, field.name)
             least = field.metadata.get("least")
             if field.metadata and isinstance(value, (int, float)) and not value >= least:
-                raise InputError(f"{field.name} {value}: choose at least {least}")
+                name = field.name.replace("_", "-")
+                raise InputError(f"--{name} {value}: choose at least {least}")
 
 
 @dataclasses.dataclass
@@ -704,7 +707,7 @@ def pretrain(options):
     if world > 1:
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise InputError(f"WORLD_SIZE is {world}, but {error}: use torchrun") from error
     data = load_radiographs(options.data, options.img_size, labels=options.labels,
                             levels=options.levels)
@@ -722,16 +725,22 @@ def pretrain(options):
     path = out / "checkpoint.pth"
     if path.exists():
         checkpoint = read_checkpoint(path)
-        free = ("out", "data", "labels", "device", "preset", "init")   # the images are compared
+        if "history" not in checkpoint:
+            raise InputError(f"{path} is not of a run of afire.py: name another --out")
+        free = ("out", "data", "labels", "device", "preset")           # the images are compared
         before = {**checkpoint["config"], "images": checkpoint["images"]}
         now = {**run["config"], "images": run["images"]}
         different = [name for name in now if now[name] != before.get(name) and name not in free]
         if different:
             raise InputError(f"the run in {out} has other {' and '.join(different)}: repeat its "
                              "command to resume it, or name another --out")
-        model.load_state_dict(checkpoint["model"])
-        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        run = {key: checkpoint[key] for key in run}
+        try:
+            model.load_state_dict(checkpoint["model"])
+            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} is of another version of afire.py: use that one, or name "
+                             "another --out") from error
+        run = {**{key: checkpoint[key] for key in run}, "config": run["config"]}
         print(f"resuming after epoch {run['epoch']} of {options.epochs}")
     elif options.init:
         encoder = load_encoder(options.init, options.img_size)
@@ -768,10 +777,10 @@ def pretrain(options):
         run["history"].append({"epoch": epoch + 1, **dict(zip(trainer.figures, means)),
                                "lr": trainer.schedules(step, per_epoch)[0]})
         if rank == 0:
-            save_checkpoint({"model": model.state_dict(), **run,
-                             "optimizer": trainer.optimizer.state_dict()}, path)
             log = [json.dumps(record) + "\n" for record in run["history"]]
             (out / "log.jsonl").write_text("".join(log))
+            save_checkpoint({"model": model.state_dict(), **run,
+                             "optimizer": trainer.optimizer.state_dict()}, path)
     bar.close()
     if rank == 0:
         save_checkpoint(model.teacher["encoder"].state_dict(), out / "encoder.pth")
@@ -971,14 +980,19 @@ def evaluate_maps(maps, abnormal, masks, patients):
 
 
 def load_models(path, img_size=None):
-    """-> {"checkpoint": (encoder, AFiRe or None), "random_init": ...}, options of the run."""
+    """-> {"checkpoint": (encoder, AFiRe or None), "random_init": ...}, options of the run or None.
+
+    AFiRe is None where its parts do not fit: other people's files, and another image size.
+    """
     checkpoint = read_checkpoint(path)
-    if "config" not in checkpoint or img_size:
-        trained = load_encoder(path, img_size)
-        torch.manual_seed(0)
-        return {"checkpoint": (trained, None), "random_init": (ViT(*trained.sizes), None)}, None
+    run = None
     try:
-        run = PretrainOptions(**checkpoint["config"])
+        if "history" in checkpoint:                        # a run of ours
+            run = PretrainOptions(**checkpoint["config"])
+        if run is None or img_size not in (None, run.img_size):
+            trained = load_encoder(path, img_size)
+            torch.manual_seed(0)
+            return {"checkpoint": (trained, None), "random_init": (ViT(*trained.sizes), None)}, run
         trained = build_model(run)
         trained.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
@@ -1166,6 +1180,7 @@ def load_encoder(path, img_size=None):
     for key in "teacher", "model", "state_dict":
         if isinstance(state.get(key), dict):
             state = state[key]
+    state = {str(key): value for key, value in state.items()}
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
     if not prefixes:
         raise InputError(f"{path} holds no ViT: there is no {first} among {list(state)[:4]}")
@@ -1188,7 +1203,7 @@ def load_encoder(path, img_size=None):
         grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds no ViT that fits together: {error}") from error
     print(f"{path}: encoder {prefix or 'without prefix'}, width {dim}, {depth} blocks of {heads} "
           f"heads (assumed), {size} px in patches of {patch_size}; other tensors: {len(others)}")
@@ -1213,8 +1228,11 @@ class Radiographs:
 
 def is_dicom(path):
     """Is it a DICOM file, whatever its suffix?"""
-    with open(path, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False                                       # no access: it is passed over
 
 
 def read_dicom(path):
@@ -1222,7 +1240,7 @@ def read_dicom(path):
     try:
         import pydicom
     except ImportError as error:
-        raise ValueError("DICOM needs `pip install pydicom`") from error
+        raise ValueError("DICOM needs `pip install pydicom`, 3 or newer") from error
     file = pydicom.dcmread(path)
     stored = file.pixel_array
     kind = file.PhotometricInterpretation
@@ -1273,7 +1291,7 @@ def decode_files(paths, size, levels, cache):
     file = Path(cache or "runs/cache", f"{key}.images")
     file.parent.mkdir(parents=True, exist_ok=True)
     layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size)), ("checksum", "<u4")])
-    with open(file, "ab") as stream:
+    with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
         if hasattr(os, "posix_fallocate"):                 # a full disk fails here, not by SIGBUS
             os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
         stream.truncate(len(paths) * layout.itemsize)
@@ -1295,7 +1313,7 @@ def decode_files(paths, size, levels, cache):
         reasons = list(tqdm(pool.map(decode, rows), "decode", len(rows), delay=1))
     records.flush()
     failed = {row: reason for row, reason in zip(rows, reasons) if reason}
-    return records["image"], [value.decode() for value in records["hash"]], failed
+    return records["image"], [value.decode("ascii", "replace") for value in records["hash"]], failed
 
 
 def find_files(folder):
@@ -1336,8 +1354,9 @@ def read_table(file):
     except csv.Error as error:
         raise InputError(f"{file} is not a CSV file: {error}") from error
     titles = lines[0] if lines else []
-    if not {"image", "findings"} <= set(titles):
-        raise InputError(f"{file} needs columns image and findings, with commas: it has {titles}")
+    if not {"image", "findings"} <= set(titles) or len(set(titles)) < len(titles):
+        raise InputError(f"{file} needs columns image and findings, with commas, each of them "
+                         f"once: it has {titles}")
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(titles):
             raise InputError(f"{file}, row {number}: write {len(titles)} cells, not {len(line)}")
@@ -1364,13 +1383,13 @@ def class_folders(names, passed):
     has_test = "test" in splits.values()
     kinds = {name: [part for part in parts if part not in SPLITS]
              for name, parts in folders.items()}
-    above = {tuple(parts[:i]) for parts in kinds.values() for i, part in enumerate(parts)
+    class_parents = {tuple(parts[:i]) for parts in kinds.values() for i, part in enumerate(parts)
              if part in NORMAL}
     table = {}
     for name, parts in kinds.items():
-        classes = [part for i, part in enumerate(parts) if tuple(parts[:i]) in above]
-        if above and not classes:
-            passed["outside of the class folders"] += 1
+        classes = [part for i, part in enumerate(parts) if tuple(parts[:i]) in class_parents]
+        if class_parents and not classes:
+            passed["outside the class folders"] += 1
         elif splits[name] == "val":
             passed["of a validation split"] += 1
         else:
@@ -1435,7 +1454,7 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     if len(kept) < len(names):                             # a cache of its own, without gaps
         paths = [paths[row] for row in kept]
         images, hashes, failed = decode_files(paths, img_size, levels, cache)
-        if failed:
+        if failed or set(hashes) != known.keys():
             raise InputError(f"files in {data} change while they are read: start again")
 
     names = [names[row] for row in kept]
@@ -1582,11 +1601,13 @@ def plot_restoration(file, afire, normal):
 def main(argv=None):
     """python afire.py pretrain | eval: bad input ends in one sentence and status 2."""
     rank = int(os.environ.get("RANK", 0))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")                 # only the first process prints
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may have any bytes
     try:
+        if rank >= int(os.environ.get("WORLD_SIZE", 1)):
+            raise InputError(f"RANK is {rank} without a larger WORLD_SIZE: use torchrun")
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")             # only the first process prints
         options = parse_arguments(argv)
         if isinstance(options, PretrainOptions):
             pretrain(options)
@@ -1596,7 +1617,7 @@ def main(argv=None):
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: the same command resumes the run after its last whole epoch")
+        print("stopped: `pretrain` with the same options resumes after the last whole epoch")
         sys.exit(130)
 
 

@@ -837,6 +837,34 @@ def test_torchrun_without_an_address_is_one_sentence(tmp_path, radiographs, monk
     assert stopped.value.code == 2 and "torchrun" in capsys.readouterr().err
 
 
+def test_a_rank_without_a_world_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for command in "pretrain", "eval":
+        with pytest.raises(SystemExit) as stopped:
+            afire.main([command])
+        assert stopped.value.code == 2 and "torchrun" in capsys.readouterr().err
+
+
+def test_a_moved_run_is_resumed_where_it_lies_and_a_foreign_checkpoint_is_refused(
+        run, radiographs, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(radiographs, tmp_path / "moved")
+    afire.main(pretraining(tmp_path / "moved", tmp_path / "run"))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["data"] == str(tmp_path / "moved")
+    torch.save({"epoch": 3}, tmp_path / "run/checkpoint.pth")
+    with pytest.raises(SystemExit) as stopped:
+        afire.main(pretraining(radiographs, tmp_path / "run"))
+    assert stopped.value.code == 2 and "not of a run" in capsys.readouterr().err
+
+
+def test_a_run_at_another_image_size_keeps_its_data_and_grey_levels(run):
+    models, options = afire.load_models(run / "checkpoint.pth", 48)
+    assert models["checkpoint"][0].sizes[0] == 48 and models["checkpoint"][1] is None
+    assert options.levels == "equal" and options.data
+
+
 def test_identical_images_do_not_make_a_nan(tmp_path):
     pixels = np.repeat(afire.phantoms(1, 32)[0], 16, 0)
     options = afire.parse_arguments("pretrain --img-size 32 --device cpu".split())
@@ -1512,7 +1540,7 @@ def test_class_folders_give_findings_and_split(tmp_path, capsys):
                            "x/TEST/no_finding/d.png": set()}
     assert names(data, data.test) == {"x/TEST/MASS/c.png", "x/TEST/no_finding/d.png"}
     printed = capsys.readouterr().out
-    for reason in ("1 of a validation split", "1 outside of the class", "1 without a split",
+    for reason in ("1 of a validation split", "1 outside the class", "1 without a split",
                    "patients unknown: 4 images count as 4 people"):
         assert reason in printed, reason
 
@@ -1562,6 +1590,7 @@ def test_a_table_without_a_split_keeps_patients_together(tmp_path, capsys):
 
 @pytest.mark.parametrize("lines, header, message", [
     (["a.png,x"], "picture,findings", "columns image and findings"),
+    (["a.png,x,"], "image,findings,findings", "columns image and findings"),
     (["a.png;x"], "image;findings", "columns image and findings"),
     ([], "", "columns image and findings"), (["a.png"], "image,findings", "row 2"),
     (["b.png,x", "a.png,x,1"], "image,findings", "row 3"),
