@@ -941,10 +941,19 @@ def anomaly_maps(images, encoder, afire=None, prototypes=None, normals=None):
     return maps
 
 
-def maps_of(images, rows, device, **models):
-    """anomaly_maps of images[rows], with its other arguments: -> {score: (rows, L)} of arrays."""
+def maps_of(images, rows, device, encoder, afire=None, normals=()):
+    """anomaly_maps of images[rows]: -> {score: (rows, L)} of arrays.
+
+    normals: rows of normal images to compare with. The prototypes are then the mean over these, so
+    that they are alike for a trained and for an untrained network; without them, afire's own.
+    """
+    models = {"encoder": encoder, "afire": afire}
+    if len(normals):
+        tokens = in_batches(lambda x: features(encoder, x), images, normals, device)   # (N, L, D)
+        models["normals"] = tokens
+        models["prototypes"] = afire.teacher["head"](tokens).mean(0) if afire else None
     names = list(anomaly_maps(to_device(images[rows[:1]], device), **models))
-    maps = in_batches(lambda batch: torch.stack(list(anomaly_maps(batch, **models).values()), 1),
+    maps = in_batches(lambda x: torch.stack(list(anomaly_maps(x, **models).values()), 1),
                       images, rows, device).cpu().numpy()                      # (rows, scores, L)
     return {name: maps[:, i] for i, name in enumerate(names)}
 
@@ -1039,11 +1048,8 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
                                        "per_finding": dict(zip(data.findings, values.tolist()))}
             arrays[f"{protocol} {share}"] = predictions
 
-    # Anomalies: for both networks, prototypes are the mean over the same normal images.
-    tokens = in_batches(lambda images: features(encoder, images), data.images, normals, device)
-    prototypes = afire.teacher["head"](tokens).mean(0) if afire else None      # (L, K)
-    maps = maps_of(data.images, data.test, device, encoder=encoder, afire=afire, normals=tokens,
-                   prototypes=prototypes)                                      # {score: (T, L)}
+    # Anomalies, by comparison with normal images.
+    maps = maps_of(data.images, data.test, device, encoder, afire, normals)    # {score: (T, L)}
     masks = None if data.masks is None else data.masks[data.test]
     report["anomaly"] = evaluate_maps(maps, truth.any(1), masks, patients)
 
@@ -1119,7 +1125,7 @@ def evaluate(options):
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
     else:
-        maps = maps_of(data.images, rows, device, encoder=encoder, afire=afire)
+        maps = maps_of(data.images, rows, device, encoder, afire)
     scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (rows, scores)
     order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
     with open(out / "scores.csv", "w", newline="", encoding="utf-8",
@@ -1384,7 +1390,7 @@ def class_folders(names, passed):
     kinds = {name: [part for part in parts if part not in SPLITS]
              for name, parts in folders.items()}
     class_parents = {tuple(parts[:i]) for parts in kinds.values() for i, part in enumerate(parts)
-             if part in NORMAL}
+                     if part in NORMAL}
     table = {}
     for name, parts in kinds.items():
         classes = [part for i, part in enumerate(parts) if tuple(parts[:i]) in class_parents]

@@ -82,11 +82,7 @@ def maps_of_network(encoder, whole, data, normals, rows, device):
     def in_batches(function, rows):
         return afire.in_batches(function, data.images, rows, device)
 
-    tokens = in_batches(lambda images: afire.features(encoder, images), normals)       # (N, L, D)
-    prototypes = whole.teacher["head"](tokens).mean(0) if whole else None      # (L, K)
-    maps = afire.maps_of(data.images, rows, device, encoder=encoder, afire=whole, normals=tokens,
-                         prototypes=prototypes)
-
+    maps = afire.maps_of(data.images, rows, device, encoder, whole, normals)
     x = in_batches(lambda images: afire.features(encoder, images).mean(1), data.train).cpu()
     abnormal = torch.from_numpy(data.labels[data.train].any(1, keepdims=True))
     weight, _ = afire.linear_probe(x, abnormal)                                # (D, 1)
