@@ -66,31 +66,25 @@ def otsu_threshold(levels):
     return between_classes.argmax(1)
 
 
-def largest_region(bright, rounds=8):
+def largest_region(bright, rounds=10):
     """The 8-connected region of most pixels [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
-    # Connected components by pointer jumping between blocks of 2 x 2 pixels, which all touch. Each
-    # block takes the largest label among its neighbours, its root as well, then pointers are
-    # shortened twice. The worst maze that was tried needs 7 rounds.
+    # Connected components by pointer jumping: each bright pixel, and the pixel that it points to,
+    # take the highest pointer of the 3 x 3 neighbourhood; then each follows its pointer twice.
+    # The regions' pixels end with one pointer each; the worst maze that was tried needs 9 rounds.
     B, H, W = bright.shape
-    padded = F.pad(bright, (0, 2 + W % 2, 0, 2 + H % 2))       # zeros, since `roll` wraps around
-    blocks = F.pixel_unshuffle(padded.unsqueeze(1), 2)                         # (B, 4, h, w)
-    h, w = blocks.shape[2:]
-    nw, ne, sw, se = blocks.flatten(2).unbind(1)                               # (B, h * w) each
-    neighbours = ((1, ne | se, nw | sw), (w, sw | se, nw | ne), (w + 1, se, nw), (w - 1, sw, ne))
-    # A link: do block b and block b + step touch? The other four neighbours are links back.
-    links = [(step, (near & far.roll(-step, 1)).int()) for step, near, far in neighbours]
-    pointer = torch.arange(h * w, device=bright.device).expand(B, -1)          # (B, h * w)
+    pixel = torch.arange(H * W, device=bright.device)
+    pointer = pixel.expand(B, -1)                                              # (B, H * W)
+    dark = ~bright.flatten(1)
     for _ in range(rounds):
-        best = pointer.int()                                                   # faster than long
-        for step, touching in links:
-            best = torch.maximum(best, (best * touching).roll(step, 1))
-            best = torch.maximum(best, best.roll(-step, 1) * touching)
-        pointer = best.scatter_reduce(1, pointer, best, "amax").long()
+        highest = pointer.masked_fill(dark, 0).view(B, 1, H, W).float()        # exact below 2^24
+        highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1).long()
+        highest = torch.where(dark, pixel, highest)
+        pointer = pointer.scatter_reduce(1, pointer, highest, "amax")
         pointer = pointer.gather(1, pointer)
         pointer = pointer.gather(1, pointer)
-    size = torch.zeros_like(pointer).scatter_add(1, pointer, blocks.sum(1).flatten(1))
-    largest = pointer == size.argmax(1, keepdim=True)                          # (B, h * w)
-    return F.pixel_shuffle(blocks & largest.view(B, 1, h, w), 2)[:, 0, :H, :W]
+    size = torch.zeros_like(pointer).scatter_add(1, pointer, (~dark).long())   # by last pixel
+    largest = pointer == size.argmax(1, keepdim=True)
+    return bright & largest.view(B, H, W)
 
 
 def enclosing_circle_centre(region, steps=80):
@@ -118,6 +112,14 @@ def texture_centre(images):
     levels = (images.squeeze(1).float() * 255).round().long()                  # (B, H, W)
     bright = levels > otsu_threshold(levels).view(-1, 1, 1)
     return enclosing_circle_centre(largest_region(bright))
+
+
+def uniform(shape, generator, device):
+    """Draws from [0, 1) by the generator; a GPU's host does not wait while they are copied."""
+    source = generator.device if generator else device
+    pinned = source.type == "cpu" and device.type == "cuda"
+    draws = torch.rand(shape, generator=generator, device=source, pin_memory=pinned)
+    return draws.to(device, non_blocking=True)
 
 
 def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
@@ -148,8 +150,10 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     window = torch.exp(-(u ** 2 + v ** 2) / 0.5)                               # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
 
+    # Resizing and placing is linear and separable: a lesion is rows @ texture @ columns^T, with a
+    # matrix of bilinear weights for each axis.
     def resize_and_place(size, start, source, length):
-        """One axis of the lesions, size and start in [0, 1): -> bilinear (B, 4, length, source)."""
+        """Weights along an axis, from draws of size and start in [0, 1): (B, 4, length, source)."""
         smallest = max(1, round(16 * length / 224))
         largest = max(1, round(128 * length / 224))
         size = smallest + (size * (largest - smallest + 1)).floor()            # in pixels
@@ -160,9 +164,8 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
         inside = (pixel >= 0) & (pixel < size)
         return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
 
-    draws = torch.rand(offset + B, 4, 5, generator=generator,
-                       device=generator.device if generator else device)
-    height, width, y, x, number = draws[offset:].to(device).unsqueeze(3).unbind(2)  # (B, 4, 1)
+    draws = uniform((offset + B, 4, 5), generator, device)[offset:]
+    height, width, y, x, number = draws.unsqueeze(3).unbind(2)                 # (B, 4, 1) each
     exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
     rows = resize_and_place(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
     columns = resize_and_place(width, x, w, W)                                 # (B, 4, W, w)
@@ -238,11 +241,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x):
@@ -287,8 +290,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Linear(encoder_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, side * side, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(side, embed_dim), requires_grad=False)
-        self.blocks = nn.Sequential(*[Block(embed_dim, num_heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.Sequential(*[Block(embed_dim, num_heads, 1e-5) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim)                # eps of 1e-5 here and in the blocks [R]
         self.image_pred = nn.Linear(embed_dim, in_chans * patch_size ** 2)
         self.apply(init_weights)
 
@@ -312,7 +315,9 @@ class AnatomyHead(nn.Module):
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
-        self.mlp.apply(init_weights)
+        for layer in self.mlp[::2]:
+            nn.init.normal_(layer.weight, std=0.02)        # [R] truncates it at 100 std
+            nn.init.zeros_(layer.bias)
 
     def forward(self, tokens):
         z = self.mlp(tokens).float()                                           # (B, L, d)
@@ -420,6 +425,18 @@ def features(encoder, images):
     return encoder(normalise(images))[:, 1:]
 
 
+def put_back(tokens, visible, num_patches):
+    """Tokens (B, 1 + V, D) of visible positions (B, V), in their places: the others are zeros.
+
+    Returns tokens (B, 1 + L, D), hidden (B, L) bool: the positions that are not visible.
+    """
+    B, _, D = tokens.shape
+    index = F.pad(visible + 1, (1, 0)).unsqueeze(2).expand(-1, -1, D)          # 0: the class token
+    placed = tokens.new_zeros(B, 1 + num_patches, D).scatter(1, index, tokens)
+    hidden = torch.ones(B, num_patches, dtype=torch.bool, device=tokens.device)
+    return placed, hidden.scatter(1, visible, False)
+
+
 class AFiRe(nn.Module):
     """Student, teacher (its average), decoder, prototypes; weights of the losses [R: 1 each]."""
 
@@ -430,12 +447,17 @@ class AFiRe(nn.Module):
         self.patch_size = patch_size
         self.num_patches = (img_size // patch_size) ** 2
         self.weights = weights
-        self.student = nn.ModuleDict({
-            "encoder": ViT(img_size, patch_size, 3, embed_dim, depth, num_heads),
-            "head": AnatomyHead(embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim)})
+
+        def network():
+            encoder = ViT(img_size, patch_size, 3, embed_dim, depth, num_heads)
+            head = AnatomyHead(embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim)
+            return nn.ModuleDict({"encoder": encoder, "head": head})
+
+        self.student = network()
         self.decoder = Decoder(img_size, patch_size, 3, embed_dim, decoder_dim, decoder_depth,
                                decoder_heads)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = network().requires_grad_(False)
+        self.teacher.load_state_dict(self.student.state_dict())
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
 
     def forward(self, normal, lesioned, mask, prototype_momentum=None, visible=None):
@@ -454,10 +476,7 @@ class AFiRe(nn.Module):
         abnormal = abnormal_tokens(mask, self.patch_size)                      # (B, L)
         hidden = torch.zeros_like(abnormal)                                    # (B, L)
         if visible is not None:
-            hidden = torch.ones_like(abnormal).scatter(1, visible, False)
-            index = F.pad(visible + 1, (1, 0)).unsqueeze(2).expand_as(tokens)  # 0: the class token
-            empty = tokens.new_zeros(len(tokens), 1 + self.num_patches, tokens.shape[2])
-            tokens = empty.scatter(1, index, tokens)                           # (B, 1 + L, D)
+            tokens, hidden = put_back(tokens, visible, self.num_patches)
         logits = self.student["head"](tokens[:, 1:])                           # (B, L, K)
         restored = self.decoder(tokens, abnormal | hidden)                     # (B, 3, H, W)
 
@@ -515,7 +534,7 @@ class PretrainOptions(DataOptions):
     init: str = option(None, "checkpoint that the encoder starts from")
     preset: str = option(None, "defaults of a kind of run; if not given: phantoms without --data, "
                          "else paper on a GPU and small elsewhere", ("paper", "small", "phantoms"))
-    arch: str = option("vit_base", "encoder", ("vit_micro", "vit_tiny", "vit_small", "vit_base"))
+    arch: str = option("vit_base", "encoder", ("vit_micro", "vit_small", "vit_base"))
     img_size: int = option(224, "side of the square that images are resized to, in pixels", least=1)
     patch_size: int = option(16, "side of a token's patch, in pixels", least=1)
     levels: str = option("file", "grey levels as in the file, or equalised", ("file", "equal"))
@@ -578,7 +597,6 @@ def parse_arguments(argv=None):
 ARCHITECTURES = {
     "vit_micro": dict(embed_dim=128, depth=4, num_heads=2, out_dim=64, head_dim=128,
                       bottleneck_dim=128, decoder_dim=64, decoder_depth=2, decoder_heads=2),
-    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3, decoder_dim=192, decoder_heads=6),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
 
@@ -604,19 +622,19 @@ def find_device(name):
         raise InputError(f"--device {name} is not available: try --device cpu") from error
 
 
-def to_device(images, device):
-    """uint8 array (B, 1, S, S) -> float tensor in [0, 1]; the host does not wait for a GPU."""
-    batch = torch.from_numpy(images)
+def to_device(array, device):
+    """An array as a tensor on the device; the host does not wait while it is copied to a GPU."""
+    tensor = torch.from_numpy(array)
     if device.type == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True).float() / 255
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def in_batches(function, images, rows, device):
     """function of images[rows] on the device, 64 at a time: -> its results, concatenated."""
     batches = np.array_split(rows, 1 + len(rows) // 64)
-    return torch.cat([function(to_device(images[batch], device)) for batch in batches])
+    return torch.cat([function(to_device(images[batch], device) / 255) for batch in batches])
 
 
 def cosine(start, end, progress):
@@ -659,7 +677,7 @@ class Trainer:
         return lr, weight_decay, cosine(self.options.teacher_momentum, 1.0, step / total)
 
     def step(self, images, centres, step, per_epoch):
-        """A step on this process's images (b, 1, S, S) uint8, centres (b, 2): -> figures (5,)."""
+        """A step on this process's images (b, 1, S, S) uint8, their centres (b, 2): -> figures."""
         options = self.options
         num_patches = self.model.num_patches
         first_epoch = step < per_epoch
@@ -672,11 +690,12 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)        # draws for all processes' images
         visible = None
         if options.keep < 1:
-            draws = torch.rand(options.batch_size, num_patches, generator=generator)
+            draws = uniform((options.batch_size, num_patches), generator, self.device)
             order = draws[offset:offset + len(images)].argsort(1)              # (b, L)
             kept = math.ceil(options.keep * num_patches)
-            visible = order[:, :kept].sort(1).values.to(self.device)           # (b, V)
-        normal = to_device(images, self.device)
+            visible = order[:, :kept].sort(1).values                           # (b, V)
+        normal = to_device(images, self.device) / 255
+        centres = to_device(centres, self.device)
         lesioned, mask = synthetic_lesion_mask(normal, generator, centres, offset)
 
         self.optimizer.zero_grad()
@@ -685,10 +704,13 @@ class Trainer:
         losses["loss"].backward()
         if first_epoch:
             self.model.student["head"].last_layers.grad = None                 # frozen, as in DINO
-        norm = nn.utils.clip_grad_norm_(self.parameters, 3.0)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch.stack([gradient.norm() for gradient in gradients])
+        for gradient, norm in zip(gradients, norms):
+            gradient.mul_((3 / norm).clamp_max(1))             # clipped one by one, as in DINO
         self.optimizer.step()
         self.model.update_teacher(momentum)
-        return torch.stack([*losses.values(), norm]).detach()
+        return torch.stack([*losses.values(), norms.norm()]).detach()
 
 
 def pretrain(options):
@@ -725,21 +747,16 @@ def pretrain(options):
     path = out / "checkpoint.pth"
     if path.exists():
         checkpoint = read_checkpoint(path)
-        if "history" not in checkpoint:
-            raise InputError(f"{path} is not of a run of afire.py: name another --out")
-        free = ("out", "data", "labels", "device", "preset")           # the images are compared
-        before = {**checkpoint["config"], "images": checkpoint["images"]}
+        may_differ = ("out", "data", "labels", "device", "preset")     # the images are compared
+        before = {**checkpoint.get("config", {}), "images": checkpoint.get("images")}
         now = {**run["config"], "images": run["images"]}
-        different = [name for name in now if now[name] != before.get(name) and name not in free]
+        different = [name for name in now
+                     if now[name] != before.get(name) and name not in may_differ]
         if different:
             raise InputError(f"the run in {out} has other {' and '.join(different)}: repeat its "
                              "command to resume it, or name another --out")
-        try:
-            model.load_state_dict(checkpoint["model"])
-            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is of another version of afire.py: use that one, or name "
-                             "another --out") from error
+        model.load_state_dict(checkpoint["model"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
         run = {**{key: checkpoint[key] for key in run}, "config": run["config"]}
         print(f"resuming after epoch {run['epoch']} of {options.epochs}")
     elif options.init:
@@ -753,7 +770,7 @@ def pretrain(options):
     if rank == 0:
         (out / "config.json").write_text(json.dumps(run["config"], indent=2))
 
-    centres = in_batches(texture_centre, data.images, normals, device)         # (n, 2), once
+    centres = in_batches(texture_centre, data.images, normals, device).cpu().numpy()   # (n, 2)
     per_epoch = len(normals) // options.batch_size
     bar = tqdm(total=options.epochs * per_epoch, initial=run["epoch"] * per_epoch, desc="pretrain",
                unit="step", mininterval=1, disable=rank > 0)
@@ -785,10 +802,10 @@ def pretrain(options):
     if rank == 0:
         save_checkpoint(model.teacher["encoder"].state_dict(), out / "encoder.pth")
         plot_restoration(out / "restoration.png", model.eval(),
-                         to_device(data.images[normals[:4]], device))
+                         to_device(data.images[normals[:4]], device) / 255)
     print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), log.jsonl, restoration.png")
     if world > 1:
-        torch.distributed.barrier()                        # none leaves while another still writes
+        torch.distributed.barrier()                        # wait until rank 0 has written
         torch.distributed.destroy_process_group()
 
 
@@ -877,7 +894,8 @@ def finetune(encoder, data, rows, steps, device, batch_size=32):
     for step in range(steps):
         batch = random.choice(rows, batch_size)
         truth = torch.from_numpy(data.labels[batch]).to(device, torch.float)
-        scores = layer(features(encoder, to_device(data.images[batch], device)).mean(1))
+        images = to_device(data.images[batch], device) / 255
+        scores = layer(features(encoder, images).mean(1))
         loss = F.binary_cross_entropy_with_logits(scores, truth)
         warmup = min(1, (step + 1) / 10)
         optimizer.param_groups[0]["lr"] = warmup * cosine(0.128 / dim, 0.0, step / steps)
@@ -944,18 +962,24 @@ def anomaly_maps(images, encoder, afire=None, prototypes=None, normals=None):
 def maps_of(images, rows, device, encoder, afire=None, normals=()):
     """anomaly_maps of images[rows]: -> {score: (rows, L)} of arrays.
 
-    normals: rows of normal images to compare with. The prototypes are then the mean over these, so
-    that they are alike for a trained and for an untrained network; without them, afire's own.
+    normals: rows of normal images to compare with. With them, prototypes are their mean, so that
+    they are alike for a trained and an untrained network (else afire's own), and the restoration
+    error is standardised by position [D].
     """
     models = {"encoder": encoder, "afire": afire}
     if len(normals):
         tokens = in_batches(lambda x: features(encoder, x), images, normals, device)   # (N, L, D)
         models["normals"] = tokens
         models["prototypes"] = afire.teacher["head"](tokens).mean(0) if afire else None
-    names = list(anomaly_maps(to_device(images[rows[:1]], device), **models))
+    names = list(anomaly_maps(to_device(images[rows[:1]], device) / 255, **models))
     maps = in_batches(lambda x: torch.stack(list(anomaly_maps(x, **models).values()), 1),
                       images, rows, device).cpu().numpy()                      # (rows, scores, L)
-    return {name: maps[:, i] for i, name in enumerate(names)}
+    maps = {name: maps[:, i] for i, name in enumerate(names)}
+    if afire and len(normals):
+        error = in_batches(lambda x: restoration_error(afire, x), images, normals, device)
+        error = error.cpu().numpy()                                            # (N, L)
+        maps["restoration"] = (maps["restoration"] - error.mean(0)) / (error.std(0) + 1e-6)
+    return maps
 
 
 def image_scores(maps):
