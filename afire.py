@@ -747,8 +747,10 @@ def pretrain(options):
     path = out / "checkpoint.pth"
     if path.exists():
         checkpoint = read_checkpoint(path)
+        if "history" not in checkpoint:
+            raise InputError(f"{path} is not of a run of afire.py: name another --out")
         may_differ = ("out", "data", "labels", "device", "preset")     # the images are compared
-        before = {**checkpoint.get("config", {}), "images": checkpoint.get("images")}
+        before = {**checkpoint["config"], "images": checkpoint["images"]}
         now = {**run["config"], "images": run["images"]}
         different = [name for name in now
                      if now[name] != before.get(name) and name not in may_differ]

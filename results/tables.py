@@ -3,13 +3,17 @@
 
     python results/tables.py AFiRe=runs/a0/eval,runs/a1/eval Crops=runs/c0/eval,runs/c1/eval
 
+With --without REGEX, images whose names match are left out.
 Each name has one run per seed, with the same seeds in the same order. The first table shows means
 over runs (lowest to highest), the second one the mean difference to the first name's run with the
 same seed (95 % interval by a bootstrap over patients; all runs see the patients that are drawn).
-The row "untrained" is of the first name's architecture.
+The row "untrained" is of the first name's architecture. Cohesion, a silhouette, is from metrics.json
+beside predictions.npz, without an interval.
 """
 
 import argparse
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,10 +27,25 @@ import afire  # noqa: E402
 COLUMNS = {"linear 1%": "probe, 1 %", "linear 10%": "probe, 10 %", "linear 100%": "probe, 100 %",
            "finetune 10%": "fine-tuned, 10 %", "prototype": "images by prototype",
            "restoration": "images by restoration", "neighbours": "images by neighbours",
-           "pixels": "pixels by the best score"}
+           "pixels": "pixels by the best score", "cohesion": "cohesion"}
 
 
-def read_runs(arguments):
+def read_run(file, without):
+    """predictions.npz without the images that match the regular expression, and cohesion."""
+    run = dict(np.load(file))
+    if without:
+        kept = [not re.search(without, str(name)) for name in run["images"]]
+        for key, array in run.items():
+            if key != "findings":
+                run[key] = array[:, kept] if "%" in key else array[kept]
+    metrics = file.with_name("metrics.json")
+    if metrics.exists():
+        for network, report in json.loads(metrics.read_text()).items():
+            run[f"{network}/cohesion"] = np.array(report["cohesion"], float)
+    return run
+
+
+def read_runs(arguments, without=None):
     """["name=folder,folder", ...] -> {name: [predictions, ...]}, all of the same test images."""
     runs = {}
     for argument in arguments:
@@ -34,7 +53,7 @@ def read_runs(arguments):
         if not folders or name in (*runs, "untrained"):
             raise afire.InputError(f"{argument}: write NAME=RUN,RUN, and use a name only once")
         files = [Path(folder, "predictions.npz") for folder in folders.split(",")]
-        runs[name] = [dict(np.load(file)) for file in files]
+        runs[name] = [read_run(file, without) for file in files]
         first = next(iter(runs.values()))
         if len(runs[name]) != len(first):
             raise afire.InputError(f"{name} has {len(runs[name])} runs, but the first name has "
@@ -79,8 +98,9 @@ def columns_of(run, network, draws):
     pixels = []
     for key in COLUMNS:
         scores = run.get(f"{network}/{key}")
-        if scores is None:
+        if scores is None or scores.ndim == 0:
             areas[key] = np.full(len(draws), np.nan)
+            areas[key][0] = np.nan if scores is None else scores               # no bootstrap
         elif scores.ndim == 3:                                                 # (draws, T, F)
             by_finding = [[auroc(draw[:, f], labels[:, f], draws) for f in range(labels.shape[1])]
                           for draw in scores]
@@ -105,7 +125,7 @@ def print_table(rows, form):
     print("| | " + " | ".join(np.array(list(COLUMNS.values()))[shown]) + " |")
     print("| --- " * (1 + shown.sum()) + "|")
     for name, row in rows.items():
-        cells = ["-" if np.isnan(cell[0]) else form.format(*cell) for cell in row[shown]]
+        cells = ["-" if np.isnan(cell).any() else form.format(*cell) for cell in row[shown]]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -113,8 +133,10 @@ def main(argv=None):
     """Bad input ends in one sentence and status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN,RUN", help="folders of eval")
+    parser.add_argument("--without", metavar="REGEX", help="leave out images of such names")
+    options = parser.parse_args(argv)
     try:
-        runs = read_runs(parser.parse_args(argv).runs)
+        runs = read_runs(options.runs, options.without)
     except (afire.InputError, OSError) as error:
         print(f"tables.py: {error}", file=sys.stderr)
         sys.exit(2)
