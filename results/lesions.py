@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Are synthetic lesions found on the normal films held out? Writes predictions.npz for tables.py.
+
+    python results/lesions.py runs/afire [runs/mae ...]
+
+Each film is scored as it is and with lesions drawn by seed 0, against normal films to train on. A
+lesion's pixels are those of its mask. Results lie in the run's folder lesions.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import afire  # noqa: E402
+
+
+def score_run(folder):
+    """-> the arrays of predictions.npz, of 2 T images: T films, then the same with lesions."""
+    models, run = afire.load_models(folder / "checkpoint.pth")
+    data = afire.load_radiographs(run.data, run.img_size, labels=run.labels, levels=run.levels)
+    normal = ~data.labels.any(1)
+    test = data.test[normal[data.test]]                                        # (T,)
+    normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
+    films = torch.from_numpy(data.images[test]) / 255
+    lesioned, masks = afire.synthetic_lesion_mask(films, torch.Generator().manual_seed(0))
+    lesioned = (255 * lesioned).round().byte().numpy()
+    images = np.concatenate([data.images[normals], data.images[test], lesioned])
+    n = len(normals)
+    rows = np.arange(n, len(images))                                           # (2 T,)
+    masks = np.concatenate([np.zeros_like(masks[:, 0], bool), masks[:, 0].numpy() > 0])
+    patients = np.tile(np.array(data.patients)[test], 2)
+    arrays = {"images": rows, "patients": patients, "findings": np.array(["lesion"]),
+              "labels": masks.any((1, 2))[:, None], "masks": masks}
+    device = afire.find_device("auto")
+    for name, (encoder, whole) in models.items():
+        whole.to(device).eval().requires_grad_(False)
+        maps = afire.maps_of(images, rows, device, encoder, whole, np.arange(n))
+        arrays |= {f"{name}/{score}": tokens for score, tokens in maps.items()}
+    return arrays
+
+
+def main(argv=None):
+    """Bad input ends in one sentence and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of afire.py pretrain")
+    try:
+        for folder in parser.parse_args(argv).runs:
+            out = folder / "lesions"
+            arrays = score_run(folder)
+            out.mkdir(exist_ok=True)
+            np.savez_compressed(out / "predictions.npz", **arrays)
+            print(f"in {out}: predictions.npz of {len(arrays['images'])} images")
+    except (afire.InputError, OSError) as error:
+        print(f"lesions.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
