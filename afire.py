@@ -882,10 +882,7 @@ def linear_probe(x, y, penalty=10.0):
 
 
 def finetune(encoder, data, rows, steps, device, batch_size=32):
-    """Trains the blocks of a copy and a linear layer on its mean token [P]: -> test scores (T, F).
-
-    rows: images to learn from. Recipe [D]: AdamW, with a learning rate of 1e-3 at a width of 128.
-    """
+    """Trains a copy's blocks and a linear layer on rows [P; D: its recipe]: -> scores (T, F)."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     encoder = copy.deepcopy(encoder)
@@ -895,7 +892,7 @@ def finetune(encoder, data, rows, steps, device, batch_size=32):
     optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
     for step in range(steps):
         batch = random.choice(rows, batch_size)
-        truth = torch.from_numpy(data.labels[batch]).to(device, torch.float)
+        truth = to_device(data.labels[batch], device).float()
         images = to_device(data.images[batch], device) / 255
         scores = layer(features(encoder, images).mean(1))
         loss = F.binary_cross_entropy_with_logits(scores, truth)
@@ -962,21 +959,19 @@ def anomaly_maps(images, encoder, afire=None, prototypes=None, normals=None):
 
 
 def maps_of(images, rows, device, encoder, afire=None, normals=()):
-    """anomaly_maps of images[rows]: -> {score: (rows, L)} of arrays.
+    """anomaly_maps of images[rows], compared with images[normals]: -> {score: (rows, L)}.
 
-    normals: rows of normal images to compare with. With them, prototypes are their mean, so that
-    they are alike for a trained and an untrained network (else afire's own), and the restoration
-    error is standardised by position [D].
+    Prototypes are then the mean over normals, alike for a trained and an untrained network, and
+    restoration errors are standardised by position with those of normals [D].
     """
-    models = {"encoder": encoder, "afire": afire}
+    tokens = prototypes = None
     if len(normals):
         tokens = in_batches(lambda x: features(encoder, x), images, normals, device)   # (N, L, D)
-        models["normals"] = tokens
-        models["prototypes"] = afire.teacher["head"](tokens).mean(0) if afire else None
-    names = list(anomaly_maps(to_device(images[rows[:1]], device) / 255, **models))
-    maps = in_batches(lambda x: torch.stack(list(anomaly_maps(x, **models).values()), 1),
-                      images, rows, device).cpu().numpy()                      # (rows, scores, L)
-    maps = {name: maps[:, i] for i, name in enumerate(names)}
+        prototypes = afire.teacher["head"](tokens).mean(0) if afire else None
+    batches = [anomaly_maps(to_device(images[batch], device) / 255, encoder, afire, prototypes,
+                            tokens) for batch in np.array_split(rows, 1 + len(rows) // 64)]
+    maps = {score: torch.cat([batch[score] for batch in batches]).cpu().numpy()
+            for score in batches[0]}
     if afire and len(normals):
         error = in_batches(lambda x: restoration_error(afire, x), images, normals, device)
         error = error.cpu().numpy()                                            # (N, L)
@@ -990,23 +985,19 @@ def image_scores(maps):
 
 
 def evaluate_maps(maps, abnormal, masks, patients):
-    """Detection of abnormal images and of abnormal pixels: {score: (T, L)} -> {score: figures}.
+    """Detection of abnormal images, and of pixels on a grid of about 56 x 56.
 
-    abnormal (T,) bool, patients (T,), masks (T, S, S) bool or None. Pixels are judged on a grid of
-    about 56 x 56; an abnormal image with an empty mask counts as an image only.
+    maps {score: (T, L)}, abnormal (T,) bool, masks (T, S, S) bool, patients (T,).
     """
-    if masks is None:
-        masks = np.zeros((len(abnormal), 1, 1), bool)      # no abnormal pixel: all of theirs is NaN
-    located = ~abnormal | masks.any((1, 2))
     step = max(1, masks.shape[1] // 56)
-    truth = masks[located, step // 2::step, step // 2::step]                   # (n, 56, 56)
+    truth = masks[:, step // 2::step, step // 2::step]                         # (T, 56, 56)
     report = {}
     for name, tokens in maps.items():
         scores = image_scores(tokens)
         image = detection(scores, abnormal)
         _, ci95 = mean_auroc(scores[None, :, None], abnormal[:, None], patients)
-        grid = unpatchify(torch.from_numpy(tokens[located]).unsqueeze(2), 1)
-        grid = F.interpolate(grid, truth.shape[1:], mode="bilinear")           # (n, 1, 56, 56)
+        grid = unpatchify(torch.from_numpy(tokens).unsqueeze(2), 1)
+        grid = F.interpolate(grid, truth.shape[1:], mode="bilinear")           # (T, 1, 56, 56)
         pixel = detection(grid.numpy().ravel(), truth.ravel())
         report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"], "image_ci95": ci95,
                         "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
@@ -1020,21 +1011,16 @@ def load_models(path, img_size=None):
     AFiRe is None where its parts do not fit: other people's files, and another image size.
     """
     checkpoint = read_checkpoint(path)
-    run = None
-    try:
-        if "history" in checkpoint:                        # a run of ours
-            run = PretrainOptions(**checkpoint["config"])
-        if run is None or img_size not in (None, run.img_size):
-            trained = load_encoder(path, img_size)
-            torch.manual_seed(0)
-            return {"checkpoint": (trained, None), "random_init": (ViT(*trained.sizes), None)}, run
+    run = PretrainOptions(**checkpoint["config"]) if "history" in checkpoint else None
+    if run and img_size in (None, run.img_size):
         trained = build_model(run)
         trained.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"{path} is of another version of afire.py: use that one") from error
-    untrained = build_model(run)
-    return {"checkpoint": (trained.teacher["encoder"], trained),
-            "random_init": (untrained.teacher["encoder"], untrained)}, run
+        untrained = build_model(run)
+        return {"checkpoint": (trained.teacher["encoder"], trained),
+                "random_init": (untrained.teacher["encoder"], untrained)}, run
+    encoder = load_encoder(path, img_size)
+    torch.manual_seed(0)
+    return {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}, run
 
 
 def trained_images(path):
@@ -1046,12 +1032,14 @@ def trained_images(path):
 
 
 def evaluate_network(encoder, afire, data, normals, steps, device):
-    """All figures of one network: -> report for metrics.json, arrays for predictions.npz.
+    """All metrics of one network: -> report for metrics.json, arrays for predictions.npz.
 
     data: Radiographs; normals: rows of normal images to compare with; steps of fine-tuning.
     """
     truth = data.labels[data.test]
     patients = np.array(data.patients)[data.test]
+    report = {}
+    arrays = {}
 
     # Few labels: what can be learned from them on the encoder's mean token [D], or by the encoder.
     x = in_batches(lambda images: features(encoder, images).mean(1), data.images,
@@ -1061,42 +1049,39 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
         weight, bias = linear_probe(x[rows], torch.from_numpy(data.labels[rows]))
         return (x[data.test] @ weight + bias).numpy()                          # (T, F)
 
-    scores = {"linear": learn_from_few(probe, data.labels, data.train)}
+    protocols = {"linear": probe}
     if steps:
-        scores["finetune"] = learn_from_few(
-            lambda rows: finetune(encoder, data, rows, steps, device), data.labels, data.train)
-    report = {protocol: {} for protocol in scores}
-    arrays = {}
-    for protocol, shares in scores.items():
-        for share, predictions in shares.items():
-            values, ci95 = mean_auroc(predictions, truth, patients)
+        protocols["finetune"] = lambda rows: finetune(encoder, data, rows, steps, device)
+    for protocol, learn in protocols.items():
+        report[protocol] = {}
+        for share, scores in learn_from_few(learn, data.labels, data.train).items():
+            values, ci95 = mean_auroc(scores, truth, patients)
             report[protocol][share] = {"macro_auroc": float(defined_mean(values)), "ci95": ci95,
                                        "per_finding": dict(zip(data.findings, values.tolist()))}
-            arrays[f"{protocol} {share}"] = predictions
+            arrays[f"{protocol} {share}"] = scores
 
     # Anomalies, by comparison with normal images.
     maps = maps_of(data.images, data.test, device, encoder, afire, normals)    # {score: (T, L)}
-    masks = None if data.masks is None else data.masks[data.test]
-    report["anomaly"] = evaluate_maps(maps, truth.any(1), masks, patients)
+    report["anomaly"] = evaluate_maps(maps, truth.any(1), data.masks[data.test], patients)
 
     # Cohesion [P: Fig. 5]: do the tokens of a position lie together in other people's images?
     healthy = data.test[~truth.any(1)][:24]
     tokens = in_batches(lambda images: features(encoder, images), data.images, healthy, device)
     position = torch.arange(tokens.shape[1]).repeat(len(tokens))
     report["cohesion"] = silhouette(tokens.flatten(0, 1).cpu(), position)
-    return report, {**arrays, **maps}
+    return report, arrays | maps
 
 
 def print_table(report):
-    """The main figures of {"checkpoint": ..., "random_init": ...}, a row each."""
+    """The main metrics of {"checkpoint": ..., "random_init": ...}, a row each."""
     def rows(network):
         for protocol, name in ("linear", "linear probe"), ("finetune", "fine-tuning"):
-            for share, figures in network.get(protocol, {}).items():
-                yield f"{name}, {share} of the labels", figures["macro_auroc"], figures["ci95"]
+            for share, metrics in network.get(protocol, {}).items():
+                yield f"{name}, {share} of the labels", metrics["macro_auroc"], metrics["ci95"]
         for level in "image", "pixel":
-            for score, figures in network["anomaly"].items():
-                interval = figures.get(f"{level}_ci95", [])
-                yield f"abnormal {level}s by {score}", figures[f"{level}_auroc"], interval
+            for score, metrics in network["anomaly"].items():
+                interval = metrics.get(f"{level}_ci95", [])
+                yield f"abnormal {level}s by {score}", metrics[f"{level}_auroc"], interval
         yield "cohesion (silhouette by position)", network["cohesion"], []
 
     print(f"{'AUROC':36}{'trained':>9}{'untrained':>11}   95 % interval of the trained")
@@ -1108,7 +1093,7 @@ def print_table(report):
 
 
 def evaluate(options):
-    """An encoder beside the same encoder untrained: writes its figures and prints a table.
+    """An encoder beside the same encoder untrained: writes its metrics and prints a table.
 
     Where --data has no labels, all images are scored by what needs no normal images.
     """
@@ -1122,26 +1107,29 @@ def evaluate(options):
     data = load_radiographs(options.data, encoder.sizes[0], labels=options.labels,
                             levels=run.levels if run else "file")
     seen = np.isin(data.hashes, trained_images(path))                          # (n,)
-    left_out = seen[data.test].sum()
-    data.test = data.test[~seen[data.test]]
     normal = ~data.labels.any(1)
     normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
-    if data.findings and (len(normals) < 2 or normal[data.test].sum() < 2):
-        raise InputError(f"--data {options.data} needs two normal images in train, two in test")
-    if not data.findings and not afire:
-        raise InputError(f"{path} is an encoder alone and needs findings: give --labels")
+    if data.findings:
+        print(f"{seen[data.test].sum()} left out of the test, as pre-training has seen them")
+        data.test = data.test[~seen[data.test]]
+        if min(len(normals), normal[data.test].sum()) < 2:
+            raise InputError(f"--data {options.data} needs two normal images in train, two in test")
+    else:
+        data.test = np.arange(len(seen))
+        if not afire:
+            raise InputError(f"{path} is an encoder alone and needs findings: give --labels")
     for network, whole in models.values():
         (whole or network).to(device).eval().requires_grad_(False)
 
     out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    rows = data.test if data.findings else np.arange(len(data.images))
+    names = np.array(data.names)[data.test]
+    findings = np.array(data.findings)
+    labels = data.labels[data.test]
     if data.findings:
         report = {}
-        arrays = {"images": np.array(data.names)[rows], "patients": np.array(data.patients)[rows],
-                  "findings": np.array(data.findings), "labels": data.labels[rows]}
-        if data.masks is not None:
-            arrays["masks"] = data.masks[rows]
+        arrays = {"images": names, "patients": np.array(data.patients)[data.test],
+                  "findings": findings, "labels": labels, "masks": data.masks[data.test]}
         for name, (network, whole) in models.items():
             report[name], results = evaluate_network(network, whole, data, normals,
                                                      options.finetune, device)
@@ -1151,22 +1139,18 @@ def evaluate(options):
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
     else:
-        maps = maps_of(data.images, rows, device, encoder, afire)
-    scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (rows, scores)
+        maps = maps_of(data.images, data.test, device, encoder, afire)
+    scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (T, scores)
     order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
     with open(out / "scores.csv", "w", newline="", encoding="utf-8",
               errors="surrogateescape") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "findings", "pretrained_on", *maps])
-        for row, values in zip(rows[order], scores[order]):
-            findings = "|".join(np.array(data.findings)[data.labels[row]])
-            writer.writerow([data.names[row], findings, "yes" if seen[row] else "no",
-                             *(f"{value:.4f}" for value in values)])
-    plot_maps(out / "anomaly.png", data.images[rows[order[:5]], 0],
+        for i in order:
+            known = "yes" if seen[data.test[i]] else "no"
+            writer.writerow([names[i], "|".join(findings[labels[i]]), known, *scores[i].round(4)])
+    plot_maps(out / "anomaly.png", data.images[data.test[order[:5]], 0],
               {score: tokens[order[:5]] for score, tokens in maps.items()})
-    print(f"{path} on {options.data or 'phantoms'}: {len(data.train)} images to learn from, "
-          f"{len(data.test)} to test on, {(~normal[data.test]).sum()} of them with findings; "
-          f"{left_out} left out of the test, as pre-training has seen them")
     if data.findings:
         print_table(report)
     if not afire:
@@ -1255,7 +1239,7 @@ class Radiographs:
     hashes: list                  # n, of the files' bytes: an image is known by its content
     train: np.ndarray             # rows to train on
     test: np.ndarray              # rows held out
-    masks: np.ndarray | None = None   # (n, S, S) bool: where the findings are, of phantoms only
+    masks: np.ndarray             # (n, S, S) bool, where the findings are; (n, 1, 1) if unknown
 
 
 def is_dicom(path):
@@ -1269,10 +1253,7 @@ def is_dicom(path):
 
 def read_dicom(path):
     """A DICOM file as a viewer shows it: -> (H, W) float32."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ValueError("DICOM needs `pip install pydicom`, 3 or newer") from error
+    import pydicom                                         # the one package that is optional
     file = pydicom.dcmread(path)
     stored = file.pixel_array
     kind = file.PhotometricInterpretation
@@ -1313,7 +1294,7 @@ def read_image(path, size, levels="file"):
 
 
 def decode_files(paths, size, levels, cache):
-    """Decodes files once: -> images (n, 1, S, S) uint8, hashes (n,), {row: why it failed}.
+    """Decodes files once: -> images (n, 1, S, S) uint8, {row: hash}, {row: why it failed}.
 
     The cache is a memory-mapped file of n records, shared by all runs. A record whose checksum is
     wrong is decoded: after a failure, a power cut, or while a second process is writing it.
@@ -1323,11 +1304,13 @@ def decode_files(paths, size, levels, cache):
     file = Path(cache or "runs/cache", f"{key}.images")
     file.parent.mkdir(parents=True, exist_ok=True)
     layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size)), ("checksum", "<u4")])
-    with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
+    with open(file, "ab") as stream:
         if hasattr(os, "posix_fallocate"):                 # a full disk fails here, not by SIGBUS
             os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
         stream.truncate(len(paths) * layout.itemsize)
     records = np.memmap(file, layout, "r+", shape=(len(paths),))
+    hashes = {}
+    failed = {}
 
     def decode(row):
         record = records[row]                              # a view
@@ -1336,39 +1319,39 @@ def decode_files(paths, size, levels, cache):
                 record["image"] = read_image(paths[row], size, levels)
                 record["hash"] = hashlib.sha256(paths[row].read_bytes()).hexdigest()[:16]
                 record["checksum"] = zlib.crc32(record.tobytes()[:-4])
+            hashes[row] = record["hash"].decode()
         except Exception as error:                         # a decoder can raise anything
-            return str(error) if isinstance(error, ValueError) else type(error).__name__
-        return None
+            shown = isinstance(error, (ValueError, ImportError))       # others name the file
+            failed[row] = str(error) if shown else type(error).__name__
 
     rows = np.random.default_rng(os.getpid()).permutation(len(paths))  # processes share the work
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(decode, rows), "decode", len(rows), delay=1))
+        list(tqdm(pool.map(decode, rows), "decode", len(rows), delay=1))
     records.flush()
-    failed = {row: reason for row, reason in zip(rows, reasons) if reason}
-    return records["image"], [value.decode("ascii", "replace") for value in records["hash"]], failed
+    return records["image"], hashes, failed
 
 
 def find_files(folder):
-    """Images below a folder: -> their sorted names, a Counter of what is passed over and why."""
+    """Images below a folder: -> their sorted names, a Counter of what is skipped and why."""
     names = []
-    passed = collections.Counter()
-    for place, folders, files in os.walk(folder, onerror=lambda _: passed.update(["no access"])):
-        passed["links to folders"] += sum(Path(place, name).is_symlink() for name in folders)
+    skipped = collections.Counter()
+    for place, folders, files in os.walk(folder, onerror=lambda _: skipped.update(["no access"])):
+        skipped["links to folders"] += sum(Path(place, name).is_symlink() for name in folders)
         for path in [Path(place, file) for file in files]:
             name = path.relative_to(folder).as_posix()
             parts = name.lower().split("/")
             suffix = path.suffix.lower()
             if any(part.startswith((".", "@", "$", "__macosx")) for part in parts):
-                passed["hidden or of the system"] += 1
+                skipped["hidden or of the system"] += 1
             elif "masks" in parts[:-1]:
-                passed["in folders called masks"] += 1
+                skipped["in folders called masks"] += 1
             elif not path.is_file():
-                passed["broken links"] += 1
+                skipped["broken links"] += 1
             elif suffix in (".png", ".jpg", ".jpeg") or is_dicom(path):
                 names.append(name)
             else:
-                passed[f"{suffix or 'no suffix'}, not PNG, JPEG or DICOM"] += 1
-    return sorted(names), passed
+                skipped[f"{suffix or 'no suffix'}, not PNG, JPEG or DICOM"] += 1
+    return sorted(names), skipped
 
 
 NORMAL = ("", "normal", "no finding", "healthy")
@@ -1379,58 +1362,53 @@ SPLITS = {"train": "train", "training": "train", "train images": "train",
 
 def read_table(file):
     """CSV -> {image: (set of findings, patient, split)}; the patient is the image if not known."""
-    table = {}
-    try:
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
-    except csv.Error as error:
-        raise InputError(f"{file} is not a CSV file: {error}") from error
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
     titles = lines[0] if lines else []
     if not {"image", "findings"} <= set(titles) or len(set(titles)) < len(titles):
         raise InputError(f"{file} needs columns image and findings, with commas, each of them "
                          f"once: it has {titles}")
+    table = {}
     for number, line in enumerate(lines[1:], 2):
-        if len(line) != len(titles):
-            raise InputError(f"{file}, row {number}: write {len(titles)} cells, not {len(line)}")
         cells = dict(zip(titles, line))
-        findings = {name.strip().lower() for name in cells["findings"].split("|")}
         split = cells.get("split", "")
+        if len(line) != len(titles) or split not in ("", "train", "test"):
+            raise InputError(f"{file}, row {number}: write {len(titles)} cells, and as split "
+                             "train, test or nothing")
+        findings = {name.strip().lower() for name in cells["findings"].split("|")}
         row = (findings.difference(NORMAL), cells.get("patient") or cells["image"], split)
-        if split not in ("", "train", "test"):
-            raise InputError(f"{file}, row {number}: write train, test or nothing for {split}")
         if table.setdefault(cells["image"], row) != row:
             raise InputError(f"{file}, row {number}: keep one of the rows of {cells['image']}")
     return table
 
 
-def class_folders(names, passed):
+def class_folders(names, skipped):
     """Findings and split by folders: -> {name: row} as read_table.
 
     Classes are the folders called normal, no_finding or healthy and those beside one; without any,
     no findings are known. Folders called train and test are the split, if there is one called test.
     """
     folders = {name: name.lower().replace("_", " ").split("/")[:-1] for name in names}
-    splits = {name: next((SPLITS[part] for part in parts if part in SPLITS), "")
-              for name, parts in folders.items()}
-    has_test = "test" in splits.values()
-    kinds = {name: [part for part in parts if part not in SPLITS]
-             for name, parts in folders.items()}
-    class_parents = {tuple(parts[:i]) for parts in kinds.values() for i, part in enumerate(parts)
-                     if part in NORMAL}
+    class_parts = {name: [part for part in parts if part not in SPLITS]
+                   for name, parts in folders.items()}
+    class_parents = {tuple(parts[:i]) for parts in class_parts.values()
+                     for i, part in enumerate(parts) if part in NORMAL}
     table = {}
-    for name, parts in kinds.items():
+    for name, parts in class_parts.items():
         classes = [part for i, part in enumerate(parts) if tuple(parts[:i]) in class_parents]
+        split = next((SPLITS[part] for part in folders[name] if part in SPLITS), "")
         if class_parents and not classes:
-            passed["outside the class folders"] += 1
-        elif splits[name] == "val":
-            passed["of a validation split"] += 1
+            skipped["outside the class folders"] += 1
+        elif split == "val":
+            skipped["of a validation split"] += 1
         else:
-            split = splits[name] if has_test else ""
             table[name] = (set(classes[:1]).difference(NORMAL), name, split)
+    if "test" not in [split for _, _, split in table.values()]:
+        table = {name: (findings, name, "") for name, (findings, _, _) in table.items()}
     return table
 
 
-def split_patients(table, passed):
+def split_patients(table, skipped):
     """The split of a table, or a fixed fifth of its patients as test: -> {name: train or test}."""
     if not any(split for _, _, split in table.values()):
         return {name: "test" if zlib.crc32(os.fsencode(patient)) % 1000 < 200 else "train"
@@ -1439,9 +1417,9 @@ def split_patients(table, passed):
     splits = {}
     for name, (_, patient, split) in table.items():
         if not split:
-            passed["without a split"] += 1
+            skipped["without a split"] += 1
         elif split == "train" and patient in tested:
-            passed["in train, of patients in test"] += 1
+            skipped["in train, of patients in test"] += 1
         else:
             splits[name] = split
     return splits
@@ -1453,58 +1431,50 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
         raise InputError(f"--data {data} is not a folder: name the one that the images are in")
-    found, passed = find_files(data)
+    files, skipped = find_files(data)
     if labels:
-        table = read_table(labels)
-        absent = len(table.keys() - set(found))
-        table = {name: table[name] for name in found if name in table}
-        passed[f"without a row in {labels}"] = len(found) - len(table)
-        source = f"{labels} ({absent} rows name no image)"
+        rows = read_table(labels)
+        table = {name: rows[name] for name in files if name in rows}
+        skipped[f"without a row in {labels}"] = len(files) - len(table)
+        source = f"{labels} ({len(rows) - len(table)} rows without a file)"
     else:
-        table = class_folders(found, passed)
+        table = class_folders(files, skipped)
         source = "class folders"
-    splits = split_patients(table, passed)
+    splits = split_patients(table, skipped)
     names = list(splits)
     paths = [Path(data, name).absolute() for name in names]
-    if names:
-        images, hashes, failed = decode_files(paths, img_size, levels, cache)
-    known = {}                                             # findings by content
-    kept = []                                              # rows: the first of equal files
+    images, hashes, failed = decode_files(paths, img_size, levels, cache) if paths else ([], {}, {})
+    skipped.update(f"unreadable ({reason})" for reason in failed.values())
+    first = {}                                             # content: the row of its first file
+    findings_of = collections.defaultdict(set)             # content: findings of all its files
     for row, name in enumerate(names):
-        if row in failed:
-            passed[f"unreadable ({failed[row]})"] += 1
-        elif hashes[row] in known:
-            passed["equal to another image"] += 1
-            known[hashes[row]] = known[hashes[row]] | table[name][0]
-        else:
-            known[hashes[row]] = table[name][0]
-            kept.append(row)
-    over = "; ".join(f"{n} {reason}" for reason, n in passed.most_common() if n) or "nothing"
-    if not kept:
-        raise InputError(f"--data {data} has no image to use (passed over: {over}); the column "
+        if row in hashes:
+            first.setdefault(hashes[row], row)
+            findings_of[hashes[row]] |= table[name][0]
+    skipped["equal to another image"] = len(hashes) - len(first)
+    reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.most_common() if n) or "nothing"
+    if not first:
+        raise InputError(f"--data {data} has no image to use (passed over: {reasons}); the column "
                          "image of --labels has paths below it")
-    if len(kept) < len(names):                             # a cache of its own, without gaps
-        paths = [paths[row] for row in kept]
-        images, hashes, failed = decode_files(paths, img_size, levels, cache)
-        if failed or set(hashes) != known.keys():
-            raise InputError(f"files in {data} change while they are read: start again")
-
+    kept = list(first.values())
+    if len(kept) < len(names):
+        images = images[kept]                              # a copy in memory, without the others
     names = [names[row] for row in kept]
     patients = [table[name][1] for name in names]
-    findings = sorted(set().union(*known.values()))
-    truth = np.array([[finding in known[key] for finding in findings] for key in hashes], bool)
+    findings = sorted(set().union(*findings_of.values()))
+    truth = np.array([[finding in findings_of[key] for finding in findings] for key in first], bool)
     test = np.array([splits[name] == "test" for name in names])
     unknown = sum(patient == name for patient, name in zip(patients, names))
     people = f"{len(names)} images of {len(set(patients))} patients, by {labels}"
     if unknown:
         people = (f"patients unknown: {unknown} images count as {unknown} people; name them with "
                   "--labels")
-    print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} normal; passed over: {over}\n"
+    print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} normal; passed over: {reasons}\n"
           f"findings by {source}: "
           f"{', '.join(findings) or 'none are known, so that all images count as normal'}\n"
           f"{people}\n{(~test).sum()} images to train on, {test.sum()} held out")
-    return Radiographs(names, images, truth, findings, patients, hashes, np.flatnonzero(~test),
-                       np.flatnonzero(test))
+    return Radiographs(names, images, truth, findings, patients, list(first), np.flatnonzero(~test),
+                       np.flatnonzero(test), np.zeros((len(names), 1, 1), bool))
 
 
 # ---- Phantoms ------------------------------------------------------------------------------------
@@ -1645,7 +1615,7 @@ def main(argv=None):
             pretrain(options)
         elif rank == 0:                                    # one process is enough under torchrun
             evaluate(options)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, csv.Error) as error:
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
