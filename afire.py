@@ -1106,30 +1106,23 @@ def evaluate(options):
         options = dataclasses.replace(options, data=run.data, labels=options.labels or run.labels)
     data = load_radiographs(options.data, encoder.sizes[0], labels=options.labels,
                             levels=run.levels if run else "file")
-    seen = np.isin(data.hashes, trained_images(path))                          # (n,)
-    normal = ~data.labels.any(1)
-    normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
-    if data.findings:
-        print(f"{seen[data.test].sum()} left out of the test, as pre-training has seen them")
-        data.test = data.test[~seen[data.test]]
-        if min(len(normals), normal[data.test].sum()) < 2:
-            raise InputError(f"--data {options.data} needs two normal images in train, two in test")
-    else:
-        data.test = np.arange(len(seen))
-        if not afire:
-            raise InputError(f"{path} is an encoder alone and needs findings: give --labels")
     for network, whole in models.values():
         (whole or network).to(device).eval().requires_grad_(False)
-
+    seen = np.isin(data.hashes, trained_images(path))                          # (n,)
     out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    names = np.array(data.names)[data.test]
-    findings = np.array(data.findings)
-    labels = data.labels[data.test]
     if data.findings:
+        print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
+        data.test = data.test[~seen[data.test]]
+        normal = ~data.labels.any(1)
+        normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
+        if min(len(normals), normal[data.test].sum()) < 2:
+            raise InputError(f"--data {options.data} needs two normal images in train, two in test")
+        arrays = {"images": np.array(data.names)[data.test],
+                  "patients": np.array(data.patients)[data.test],
+                  "findings": np.array(data.findings),
+                  "labels": data.labels[data.test], "masks": data.masks[data.test]}
         report = {}
-        arrays = {"images": names, "patients": np.array(data.patients)[data.test],
-                  "findings": findings, "labels": labels, "masks": data.masks[data.test]}
         for name, (network, whole) in models.items():
             report[name], results = evaluate_network(network, whole, data, normals,
                                                      options.finetune, device)
@@ -1138,17 +1131,21 @@ def evaluate(options):
         metrics = json.loads(json.dumps(report), parse_constant=lambda _: None)        # NaN: null
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
-    else:
+    elif afire:
+        data.test = np.arange(len(data.names))
         maps = maps_of(data.images, data.test, device, encoder, afire)
+    else:
+        raise InputError(f"{path} is an encoder alone and needs findings: give --labels")
     scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (T, scores)
     order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
     with open(out / "scores.csv", "w", newline="", encoding="utf-8",
               errors="surrogateescape") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "findings", "pretrained_on", *maps])
-        for i in order:
-            known = "yes" if seen[data.test[i]] else "no"
-            writer.writerow([names[i], "|".join(findings[labels[i]]), known, *scores[i].round(4)])
+        for row, values in zip(data.test[order], scores[order]):
+            findings = "|".join(np.array(data.findings)[data.labels[row]])
+            known = "yes" if seen[row] else "no"
+            writer.writerow([data.names[row], findings, known, *values.round(4)])
     plot_maps(out / "anomaly.png", data.images[data.test[order[:5]], 0],
               {score: tokens[order[:5]] for score, tokens in maps.items()})
     if data.findings:
@@ -1188,15 +1185,13 @@ def read_checkpoint(path):
 def load_encoder(path, img_size=None):
     """The encoder of a checkpoint, ours, the release's, MAE's, DINO's or timm's: -> ViT.
 
-    A teacher is preferred to a student [R]. Positions are interpolated to img_size pixels. Tensors
-    that this ViT lacks (LayerScale, registers) are refused, but for heads and decoders.
+    The teacher's, if there is one [R]. Positions are interpolated to img_size pixels.
     """
     first = "patch_embed.proj.weight"
     state = read_checkpoint(path)
     for key in "teacher", "model", "state_dict":
         if isinstance(state.get(key), dict):
             state = state[key]
-    state = {str(key): value for key, value in state.items()}
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
     if not prefixes:
         raise InputError(f"{path} holds no ViT: there is no {first} among {list(state)[:4]}")
@@ -1210,19 +1205,17 @@ def load_encoder(path, img_size=None):
         positions = state["pos_embed"]                                 # (1, 1 + L, D)
         size = img_size or math.isqrt(positions.shape[1] - 1) * patch_size
         vit = ViT(size, patch_size, in_chans, dim, depth, heads)
-        others = [key for key in state if key not in vit.state_dict()]
-        unknown = [key for key in others if not key.startswith(("head", "decoder", "mask_token"))]
+        unknown = [key for key in state if key not in vit.state_dict()
+                   and not key.startswith(("head", "decoder", "mask_token"))]
         if unknown:
-            raise InputError(f"{path} has {', '.join(unknown[:4])}, which this ViT lacks: use a "
-                             "plain ViT")
+            raise InputError(f"{path} has {', '.join(unknown[:4])}, which this ViT lacks")
         grid = unpatchify(positions[:, 1:], 1)                         # (1, D, side, side)
         grid = F.interpolate(grid, (size // patch_size,) * 2, mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds no ViT that fits together: {error}") from error
-    print(f"{path}: encoder {prefix or 'without prefix'}, width {dim}, {depth} blocks of {heads} "
-          f"heads (assumed), {size} px in patches of {patch_size}; other tensors: {len(others)}")
+    print(f"{path}: ViT of width {dim}, {depth} blocks, {heads} heads (assumed)")
     return vit
 
 
@@ -1244,11 +1237,8 @@ class Radiographs:
 
 def is_dicom(path):
     """Is it a DICOM file, whatever its suffix?"""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False                                       # no access: it is passed over
+    with open(path, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def read_dicom(path):
@@ -1340,17 +1330,16 @@ def find_files(folder):
         for path in [Path(place, file) for file in files]:
             name = path.relative_to(folder).as_posix()
             parts = name.lower().split("/")
-            suffix = path.suffix.lower()
             if any(part.startswith((".", "@", "$", "__macosx")) for part in parts):
                 skipped["hidden or of the system"] += 1
             elif "masks" in parts[:-1]:
                 skipped["in folders called masks"] += 1
-            elif not path.is_file():
-                skipped["broken links"] += 1
-            elif suffix in (".png", ".jpg", ".jpeg") or is_dicom(path):
+            elif not (path.is_file() and os.access(path, os.R_OK)):
+                skipped["broken links or without access"] += 1
+            elif name.lower().endswith((".png", ".jpg", ".jpeg")) or is_dicom(path):
                 names.append(name)
             else:
-                skipped[f"{suffix or 'no suffix'}, not PNG, JPEG or DICOM"] += 1
+                skipped[f"{path.suffix or 'no suffix'}, not PNG, JPEG or DICOM"] += 1
     return sorted(names), skipped
 
 
@@ -1436,10 +1425,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
         rows = read_table(labels)
         table = {name: rows[name] for name in files if name in rows}
         skipped[f"without a row in {labels}"] = len(files) - len(table)
-        source = f"{labels} ({len(rows) - len(table)} rows without a file)"
+        print(f"{labels}: {len(rows) - len(table)} rows without a file")
     else:
         table = class_folders(files, skipped)
-        source = "class folders"
     splits = split_patients(table, skipped)
     names = list(splits)
     paths = [Path(data, name).absolute() for name in names]
@@ -1447,10 +1435,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     skipped.update(f"unreadable ({reason})" for reason in failed.values())
     first = {}                                             # content: the row of its first file
     findings_of = collections.defaultdict(set)             # content: findings of all its files
-    for row, name in enumerate(names):
-        if row in hashes:
-            first.setdefault(hashes[row], row)
-            findings_of[hashes[row]] |= table[name][0]
+    for row in sorted(hashes):
+        first.setdefault(hashes[row], row)
+        findings_of[hashes[row]] |= table[names[row]][0]
     skipped["equal to another image"] = len(hashes) - len(first)
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.most_common() if n) or "nothing"
     if not first:
@@ -1464,15 +1451,15 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     findings = sorted(set().union(*findings_of.values()))
     truth = np.array([[finding in findings_of[key] for finding in findings] for key in first], bool)
     test = np.array([splits[name] == "test" for name in names])
+    print(f"{data}: {len(names)} images of {len(set(patients))} patients, "
+          f"{(~truth.any(1)).sum()} of them normal; passed over: {reasons}")
+    print(f"findings by {labels or 'class folders'}: "
+          f"{', '.join(findings) or 'none are known, so that all images count as normal'}")
     unknown = sum(patient == name for patient, name in zip(patients, names))
-    people = f"{len(names)} images of {len(set(patients))} patients, by {labels}"
     if unknown:
-        people = (f"patients unknown: {unknown} images count as {unknown} people; name them with "
-                  "--labels")
-    print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} normal; passed over: {reasons}\n"
-          f"findings by {source}: "
-          f"{', '.join(findings) or 'none are known, so that all images count as normal'}\n"
-          f"{people}\n{(~test).sum()} images to train on, {test.sum()} held out")
+        print(f"patients unknown: {unknown} images count as {unknown} people; name them with "
+              "--labels")
+    print(f"{(~test).sum()} images to train on, {test.sum()} held out")
     return Radiographs(names, images, truth, findings, patients, list(first), np.flatnonzero(~test),
                        np.flatnonzero(test), np.zeros((len(names), 1, 1), bool))
 
@@ -1543,7 +1530,6 @@ def radiograph(rng, size):
 def phantoms(n, size, seed=0):
     """Simple frontal chest radiographs [D] of 32 to 512 px; image i depends on (seed, i) alone.
 
-    Each of F = 3 findings has a chance of 0.2: half are normal. Anatomy is the same at all sizes.
     -> images (n, 1, size, size) uint8, labels (n, F) bool, masks (n, F, size, size) bool, F names.
     """
     drawn = [radiograph(np.random.default_rng((seed, i)), size) for i in range(n)]
@@ -1555,17 +1541,15 @@ def phantom_radiographs(size):
     """2,500 phantoms of seed 0, of which the last fifth is held out: -> Radiographs."""
     images, labels, masks, findings = phantoms(2500, size)
     names = [f"phantom {i}" for i in range(len(images))]
-    hashes = [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images]
-    return Radiographs(names, images, labels, findings, names, hashes, np.arange(2000),
+    return Radiographs(names, images, labels, findings, names, names, np.arange(2000),
                        np.arange(2000, 2500), masks.any(1))
 
 
 # ---- Figures -------------------------------------------------------------------------------------
 
 def plot_images(file, columns):
-    """A column of images for each title: {title: (n, S, S)}, maps {title: (n, side, side)}."""
-    n = len(next(iter(columns.values())))
-    size = max(images.shape[-1] for images in columns.values())
+    """A column for each title: {title: (n, S, S)}, in colour where S is not the first one's."""
+    n, _, size = next(iter(columns.values())).shape
     figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
     axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for column, (title, images) in zip(axes.T, columns.items()):
@@ -1579,8 +1563,8 @@ def plot_images(file, columns):
 
 def plot_maps(file, images, maps):
     """Images (n, S, S) beside their maps {score: (n, L)}."""
-    side = math.isqrt(next(iter(maps.values())).shape[1])
-    grids = {score: tokens.reshape(-1, side, side) for score, tokens in maps.items()}
+    grids = {score: unpatchify(torch.from_numpy(tokens).unsqueeze(2), 1)[:, 0].numpy()
+             for score, tokens in maps.items()}
     plot_images(file, {"image": images, **grids})
 
 
@@ -1591,10 +1575,7 @@ def plot_restoration(file, afire, normal):
     abnormal = abnormal_tokens(mask, afire.patch_size)                         # (B, L)
     restored = afire.decoder(afire.student["encoder"](normalise(lesioned)), abnormal)
     restored = (restored[:, 1:2] * 0.224 + 0.456).clamp(0, 1)  # one channel, no longer normalised
-    patches = torch.where(abnormal.unsqueeze(2), patchify(restored, afire.patch_size),
-                          patchify(lesioned, afire.patch_size))
-    columns = {"x": normal, "x' = x + M": lesioned, "M": mask,
-               "x', lesions restored": unpatchify(patches, afire.patch_size)}
+    columns = {"x": normal, "x' = x + M": lesioned, "M": mask, "x' restored": restored}
     plot_images(file, {title: images[:, 0].cpu().numpy() for title, images in columns.items()})
 
 

@@ -1202,7 +1202,7 @@ def test_what_was_trained_on_is_not_tested_on_wherever_it_lies(run, radiographs,
         shutil.copy(file, tmp_path / "moved" / part / file.parent.name / f"scan{i}.png")
     afire.main(["eval", "--ckpt", str(run), "--data", str(tmp_path / "moved"), "--out",
                 str(tmp_path), "--device", "cpu"])
-    assert re.search(r"[1-9]\d* left out of the test", capsys.readouterr().out)
+    assert re.search(r"[1-9]\d* test images left out", capsys.readouterr().out)
     trained = {file.read_bytes() for file in radiographs.glob("train/NORMAL/*.png")}
     tested = [(tmp_path / "moved" / row["image"]).read_bytes() for row in read_scores(tmp_path)]
     assert tested and not trained & set(tested)
