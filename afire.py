@@ -1485,44 +1485,39 @@ def radiograph(rng, size):
     y = draw(0.9, 1.1) * axis[:, None] + draw(-0.08, 0.08)  # down, -1 to 1
     x = draw(0.9, 1.15) * axis + draw(-0.08, 0.08) + draw(-0.07, 0.07) * y  # to the patient's left
     lateral = np.abs(x)                                     # distance from the midline
-    # Body: a neck, and a trunk with sloping shoulders
-    neck = edge(draw(0.2, 0.28) - lateral, 0.04)
-    shoulders = edge(y + draw(0.86, 0.96) - 0.3 * lateral, 0.06)
+    shoulders = edge(y + 0.9 - 0.3 * lateral, 0.06)
     trunk = edge(draw(0.88, 1.05) - 0.12 * y - lateral, 0.04) * shoulders
-    body = np.maximum(neck, trunk)
+    body = np.maximum(trunk, edge(draw(0.2, 0.28) - lateral, 0.04))     # with a neck
     # Lungs: the chest above the diaphragm (higher over the liver), without mediastinum and heart
     base = draw(0.35, 0.5)
-    apex = draw(-0.76, -0.64)
-    chest = body * ellipse(lateral - 0.37 - 0.1 * y, y - base, 0.36, base - apex, blur)
+    chest = body * ellipse(lateral - 0.37 - 0.1 * y, y - base, 0.36, base + 0.7, blur)
     diaphragm = base + draw(1.3, 2.2) * (lateral - 0.35) ** 2 - draw(0.03, 0.09) * (x < 0)
     mediastinum = edge(draw(0.11, 0.15) - lateral, 3 * blur)
     heart_y = y - base + 0.1
-    heart_x = x - draw(0.08, 0.12) - draw(0.2, 0.5) * heart_y   # leans to the patient's left
+    heart_x = x - 0.1 - 0.35 * heart_y                      # leans to the patient's left
     radius = draw(0.26, 0.32)
     heart = ellipse(heart_x, heart_y, radius, 0.85 * radius, 3 * blur)
     air = chest * edge(diaphragm - y, blur) * (1 - mediastinum) * (1 - heart)
-    hilum = ellipse(lateral - 0.12, y + 0.05, 0.18, 0.25, 0.15)     # the lung's large vessels
     # Findings take the place of air: all of it, but a nodule, thinner than the lung, only some
     side = rng.choice([-1, 1])
     nodule_x = x + side * draw(0.3, 0.5)                    # in the lung without the effusion
-    nodule_y = y - draw(-0.45, -0.1)                        # above the heart
+    nodule_y = y + draw(0.1, 0.45)                          # above the heart
     nodule = draw(0.3, 0.5) * ellipse(nodule_x, nodule_y, 0.06, 0.06, 0.03)
     surface = base - draw(0.05, 0.3) - 0.4 * lateral ** 3   # the fluid climbs the chest wall
     effusion = edge(y - surface, 3 * blur) * (side * x > 0)
     cardiomegaly = ellipse(heart_x, heart_y, 1.35 * radius, 1.15 * radius, 3 * blur)
     opacity = labels[:, None, None] * np.stack([nodule, effusion, cardiomegaly])
     masks = air * opacity > 0.05
-    air = air * np.prod(1 - opacity, 0)
-    # Bones: a wave per rib; posterior ribs slope down to the side, anterior ones to the middle
-    posterior = np.cos(38 * (y - draw(0.3, 0.6) * lateral ** 3) + draw(0, 6))
-    anterior = np.cos(38 * (y + draw(0.5, 0.8) * lateral) + draw(0, 6))
-    ribs = 0.1 * edge(posterior - 0.3, 0.4) + 0.06 * edge(anterior - 0.3, 0.4)
+    # What absorbs: bones, and tissue where there is no air, more of it at the lungs' large vessels
+    ribs = np.cos(38 * (y - draw(0.3, 0.6) * lateral ** 3) + draw(0, 6))    # a wave for each
     spine = edge(0.075 - lateral, 2 * blur) * (1 + 0.2 * np.cos(50 * y))    # a wave per vertebra
-    clavicle = ellipse(lateral - 0.34, y + 0.5 + 0.2 * lateral, 0.25, 0.035, 0.05)
-    bone = body * (0.2 * spine + 0.16 * clavicle) + chest * ribs
-    # Film: whiter where more is absorbed; exposure and contrast vary, and grain is drawn last
-    tissue = body * (0.8 + 0.25 * edge(y, 0.6)) - air * (0.65 - 0.25 * hilum)
-    film = (1 - np.exp(-draw(0.8, 3.6) * (tissue + bone))) ** draw(0.7, 2.6)
+    clavicles = ellipse(lateral - 0.34, y + 0.5 + 0.2 * lateral, 0.25, 0.035, 0.05)
+    bones = 0.1 * chest * edge(ribs - 0.3, 0.4) + body * (0.2 * spine + 0.16 * clavicles)
+    hilum = ellipse(lateral - 0.12, y + 0.05, 0.18, 0.25, 0.15)
+    air = air * np.prod(1 - opacity, 0) * (0.65 - 0.25 * hilum)
+    tissue = body * (0.8 + 0.25 * edge(y, 0.6)) - air
+    # Film: exposure and contrast vary, and grain is drawn last
+    film = (1 - np.exp(-draw(0.8, 3.6) * (tissue + bones))) ** draw(0.7, 2.6)
     film += draw(0.008, 0.02) * rng.standard_normal((size, size))
     return (255 * np.clip(0.03 + 0.93 * film, 0, 1)).astype(np.uint8), labels, masks
 
