@@ -882,7 +882,7 @@ def linear_probe(x, y, penalty=10.0):
 
 
 def finetune(encoder, data, rows, steps, device, batch_size=32):
-    """Trains a copy's blocks and a linear layer on rows [P; D: its recipe]: -> scores (T, F)."""
+    """Trains the blocks of a copy and a linear layer (D, F) on rows [P; D: its recipe]: -> both."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     encoder = copy.deepcopy(encoder)
@@ -901,8 +901,7 @@ def finetune(encoder, data, rows, steps, device, batch_size=32):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return in_batches(lambda images: layer(features(encoder, images).mean(1)), data.images,
-                      data.test, device).cpu().numpy()
+    return encoder.requires_grad_(False), layer.requires_grad_(False)
 
 
 def learn_from_few(learn, labels, train):
@@ -1011,7 +1010,10 @@ def load_models(path, img_size=None):
     AFiRe is None where its parts do not fit: other people's files, and another image size.
     """
     checkpoint = read_checkpoint(path)
-    run = PretrainOptions(**checkpoint["config"]) if "history" in checkpoint else None
+    try:
+        run = PretrainOptions(**checkpoint["config"]) if "history" in checkpoint else None
+    except TypeError as error:
+        raise InputError(f"{path} is of another version of afire.py: use that one") from error
     if run and img_size in (None, run.img_size):
         trained = build_model(run)
         trained.load_state_dict(checkpoint["model"])
@@ -1049,9 +1051,12 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
         weight, bias = linear_probe(x[rows], torch.from_numpy(data.labels[rows]))
         return (x[data.test] @ weight + bias).numpy()                          # (T, F)
 
-    protocols = {"linear": probe}
-    if steps:
-        protocols["finetune"] = lambda rows: finetune(encoder, data, rows, steps, device)
+    def finetuned(rows):
+        copied, layer = finetune(encoder, data, rows, steps, device)
+        return in_batches(lambda images: layer(features(copied, images).mean(1)), data.images,
+                          data.test, device).cpu().numpy()
+
+    protocols = {"linear": probe, "finetune": finetuned} if steps else {"linear": probe}
     for protocol, learn in protocols.items():
         report[protocol] = {}
         for share, scores in learn_from_few(learn, data.labels, data.train).items():
@@ -1351,8 +1356,11 @@ SPLITS = {"train": "train", "training": "train", "train images": "train",
 
 def read_table(file):
     """CSV -> {image: (set of findings, patient, split)}; the patient is the image if not known."""
-    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-        lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
+    try:
+        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
+    except csv.Error as error:
+        raise InputError(f"{file} is not a CSV file: {error}") from error
     titles = lines[0] if lines else []
     if not {"image", "findings"} <= set(titles) or len(set(titles)) < len(titles):
         raise InputError(f"{file} needs columns image and findings, with commas, each of them "
@@ -1444,8 +1452,10 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
         raise InputError(f"--data {data} has no image to use (passed over: {reasons}); the column "
                          "image of --labels has paths below it")
     kept = list(first.values())
-    if len(kept) < len(names):
-        images = images[kept]                              # a copy in memory, without the others
+    if len(kept) < len(names):                             # decode these into a cache of their own
+        images, again, _ = decode_files([paths[row] for row in kept], img_size, levels, cache)
+        if list(first) != [again.get(i) for i in range(len(kept))]:
+            raise InputError(f"files in {data} change while they are read: start again")
     names = [names[row] for row in kept]
     patients = [table[name][1] for name in names]
     findings = sorted(set().union(*findings_of.values()))
@@ -1565,12 +1575,16 @@ def plot_maps(file, images, maps):
 
 @torch.no_grad()
 def plot_restoration(file, afire, normal):
-    """x, x', M, and x' with its abnormal tokens restored, for images (B, 1, H, W)."""
+    """x, x', its normal tokens, and x' with the abnormal ones restored: images (B, 1, H, W)."""
     lesioned, mask = synthetic_lesion_mask(normal, torch.Generator().manual_seed(0))
     abnormal = abnormal_tokens(mask, afire.patch_size)                         # (B, L)
     restored = afire.decoder(afire.student["encoder"](normalise(lesioned)), abnormal)
     restored = (restored[:, 1:2] * 0.224 + 0.456).clamp(0, 1)  # one channel, no longer normalised
-    columns = {"x": normal, "x' = x + M": lesioned, "M": mask, "x' restored": restored}
+    hidden = unpatchify(abnormal.unsqueeze(2).expand(-1, -1, afire.patch_size ** 2),
+                        afire.patch_size)                                      # (B, 1, H, W) bool
+    columns = {"x": normal, "x' = x + M": lesioned,
+               "normal tokens": lesioned.masked_fill(hidden, 0),
+               "x', others restored": torch.where(hidden, restored, lesioned)}
     plot_images(file, {title: images[:, 0].cpu().numpy() for title, images in columns.items()})
 
 
@@ -1591,7 +1605,7 @@ def main(argv=None):
             pretrain(options)
         elif rank == 0:                                    # one process is enough under torchrun
             evaluate(options)
-    except (InputError, OSError, csv.Error) as error:
+    except (InputError, OSError) as error:
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

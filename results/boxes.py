@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Do anomaly maps, and Grad-CAM of a linear probe, point at what radiologists drew boxes around?
+"""Do anomaly maps, and Grad-CAM of a classifier, point at what radiologists drew boxes around?
 
     python results/boxes.py --ckpt runs/afire --data nih/images --labels labels.csv \\
         --boxes boxes.csv [--out FOLDER]
@@ -10,6 +10,7 @@ before it is resized. Prints a table and writes boxes.json and boxes.png.
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -77,20 +78,25 @@ def grad_cam(encoder, weight, images):
     return (activation * gradient.mean(1, keepdim=True)).sum(2)
 
 
-def maps_of_network(encoder, whole, data, normals, rows, device):
-    """All maps of images[rows]: -> {score: (rows, L)}. The probe learns from data.train."""
-    def in_batches(function, rows):
-        return afire.in_batches(function, data.images, rows, device)
+def maps_of_network(encoder, whole, data, normals, rows, device, steps=100):
+    """All maps of images[rows]: -> {score: (rows, L)}. Grad-CAM learns from data.train."""
+    def cams_of(network, weight):
+        def in_batches(part):
+            return afire.in_batches(lambda images: grad_cam(network, weight, images),
+                                    data.images, part, device)
+
+        # Tokens differ more by position than by finding: the normal images' mean is subtracted [D].
+        return (in_batches(rows) - in_batches(normals).mean(0)).clamp_min(0).cpu().numpy()
 
     maps = afire.maps_of(data.images, rows, device, encoder, whole, normals)
-    x = in_batches(lambda images: afire.features(encoder, images).mean(1), data.train).cpu()
-    abnormal = torch.from_numpy(data.labels[data.train].any(1, keepdims=True))
-    weight, _ = afire.linear_probe(x, abnormal)                                # (D, 1)
-    weight = weight[:, 0].to(device)
-    cams = in_batches(lambda images: grad_cam(encoder, weight, images), rows)  # (rows, L)
-    cams_of_normals = in_batches(lambda images: grad_cam(encoder, weight, images), normals)
-    # Tokens differ more by position than by finding: the mean of normal images is subtracted [D].
-    maps["Grad-CAM"] = (cams - cams_of_normals.mean(0)).clamp_min(0).cpu().numpy()
+    x = afire.in_batches(lambda images: afire.features(encoder, images).mean(1), data.images,
+                         data.train, device).cpu()
+    any_finding = dataclasses.replace(data, labels=data.labels.any(1, keepdims=True),
+                                      findings=["any"])
+    weight, _ = afire.linear_probe(x, torch.from_numpy(any_finding.labels[data.train]))    # (D, 1)
+    maps["Grad-CAM, probe"] = cams_of(encoder, weight[:, 0].to(device))
+    tuned, layer = afire.finetune(encoder, any_finding, data.train, steps, device)
+    maps["Grad-CAM, tuned"] = cams_of(tuned, layer.weight[0])
     return maps
 
 
@@ -151,7 +157,7 @@ def evaluate(options):
     out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "boxes")
     out.mkdir(parents=True, exist_ok=True)
     report = {}
-    print(f"{'mean (95 % interval)':28}{'AUROC':24}{'Dice':24}pointing game")
+    print(f"{'mean (95 % interval)':31}{'AUROC':24}{'Dice':24}pointing game")
     for name, (encoder, whole) in models.items():
         (whole or encoder).to(device).eval().requires_grad_(False)
         maps = maps_of_network(encoder, whole, data, normals, data.test, device)
@@ -160,7 +166,7 @@ def evaluate(options):
             report[name][score] = localisation(tokens, truth, patients[data.test])
             cells = ["{:.3f} ({:.3f} to {:.3f})  ".format(figures["mean"], *figures["ci95"])
                      for figures in report[name][score].values()]
-            print(f"{score:14}{name:14}{''.join(cells)}")
+            print(f"{score:17}{name:14}{''.join(cells)}")
         if name == "checkpoint":
             plot_boxes(out / "boxes.png", data.images[data.test[:5], 0], truth[:5],
                        {score: tokens[:5] for score, tokens in maps.items()})

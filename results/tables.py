@@ -7,8 +7,8 @@ With --without REGEX, images whose names match are left out.
 Each name has one run per seed, with the same seeds in the same order. The first table shows means
 over runs (lowest to highest), the second one the mean difference to the first name's run with the
 same seed (95 % interval by a bootstrap over patients; all runs see the patients that are drawn).
-The row "untrained" is of the first name's architecture. Cohesion, a silhouette, is from metrics.json
-beside predictions.npz, without an interval.
+The row "untrained" is of the first name's architecture. Cohesion, a silhouette, is taken from the
+metrics.json beside predictions.npz, without an interval.
 """
 
 import argparse
