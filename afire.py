@@ -1461,14 +1461,16 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     findings = sorted(set().union(*findings_of.values()))
     truth = np.array([[finding in findings_of[key] for finding in findings] for key in first], bool)
     test = np.array([splits[name] == "test" for name in names])
-    print(f"{data}: {len(names)} images of {len(set(patients))} patients, "
-          f"{(~truth.any(1)).sum()} of them normal; passed over: {reasons}")
+    print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} of them normal; passed over: "
+          f"{reasons}")
     print(f"findings by {labels or 'class folders'}: "
           f"{', '.join(findings) or 'none are known, so that all images count as normal'}")
     unknown = sum(patient == name for patient, name in zip(patients, names))
     if unknown:
         print(f"patients unknown: {unknown} images count as {unknown} people; name them with "
               "--labels")
+    else:
+        print(f"{len(names)} images of {len(set(patients))} patients, by {labels}")
     print(f"{(~test).sum()} images to train on, {test.sum()} held out")
     return Radiographs(names, images, truth, findings, patients, list(first), np.flatnonzero(~test),
                        np.flatnonzero(test), np.zeros((len(names), 1, 1), bool))
