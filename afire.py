@@ -34,6 +34,7 @@ import copy
 import csv
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -66,11 +67,11 @@ def otsu_threshold(levels):
     return between_classes.argmax(1)
 
 
-def largest_region(bright, rounds=10):
+def largest_region(bright, rounds=12):
     """The 8-connected region of most pixels [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
     # Connected components by pointer jumping: each bright pixel, and the pixel that it points to,
     # take the highest pointer of the 3 x 3 neighbourhood; then each follows its pointer twice.
-    # The regions' pixels end with one pointer each; the worst maze that was tried needs 9 rounds.
+    # A region ends with one pointer. The worst maze that was tried, at 1024 px, needs 10 rounds.
     B, H, W = bright.shape
     pixel = torch.arange(H * W, device=bright.device)
     pointer = pixel.expand(B, -1)                                              # (B, H * W)
@@ -99,7 +100,7 @@ def enclosing_circle_centre(region, steps=80):
     points = torch.stack([row.repeat(B, 2), torch.cat([first, last], 1)], 2)   # (B, 2H, 2)
     inside = region.any(2).repeat(1, 2).unsqueeze(2)                           # (B, 2H, 1)
     centre = (points * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
-    points = torch.where(inside, points, centre)                               # no row: no effect
+    points = torch.where(inside, points, centre)           # an empty row has no effect
     for i in range(2, steps + 2):
         distance = (points - centre).square().sum(2)                           # (B, 2H)
         farthest = distance.argmax(1).view(B, 1, 1).expand(B, 1, 2)
@@ -115,11 +116,11 @@ def texture_centre(images):
 
 
 def uniform(shape, generator, device):
-    """Draws from [0, 1) by the generator; a GPU's host does not wait while they are copied."""
+    """Uniform random numbers in [0, 1), copied to the device without blocking the host."""
     source = generator.device if generator else device
     pinned = source.type == "cpu" and device.type == "cuda"
     draws = torch.rand(shape, generator=generator, device=source, pin_memory=pinned)
-    return draws.to(device, non_blocking=True)
+    return draws.to(device, non_blocking=pinned)
 
 
 def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
@@ -323,8 +324,9 @@ class AnatomyHead(nn.Module):
         z = self.mlp(tokens).float()                                           # (B, L, d)
         # Float32 also under autocast: a cosine in half precision is off by up to 0.003.
         with torch.autocast(z.device.type, enabled=False):
-            scores = torch.einsum("bld,lkd->blk", F.normalize(z, dim=2), self.last_layers)
-            return scores / self.last_layers.norm(dim=2)   # cosines; a long row turns slowly [D]
+            rows = self.last_layers.float()
+            scores = torch.einsum("bld,lkd->blk", F.normalize(z, dim=2), rows)
+            return scores / rows.norm(dim=2)               # cosines; a long row turns slowly [D]
 
 
 def sinkhorn(scores, epsilon=0.05, iterations=3):
@@ -340,13 +342,7 @@ def gather(x):
     """(B, ...) -> (processes * B, ...), of all processes; identity without torch.distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x
-    world = torch.distributed.get_world_size()
-    parts = [torch.empty_like(x) for _ in range(world)]
-    torch.distributed.all_gather(parts, x.detach().contiguous())
-    if x.requires_grad:
-        # The value stays x; its gradient is scaled, as DDP takes the mean over processes.
-        parts[torch.distributed.get_rank()] = x.detach() + world * (x - x.detach())
-    return torch.cat(parts)
+    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
 
 
 class SpatialPrototypes(nn.Module):
@@ -403,6 +399,7 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
     s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
     contrasted = abnormal.any(0)                                               # (L,)
     positive = normal & contrasted                                             # (B, L)
+    # Other positions keep all tokens: the gradient of an empty logsumexp is not a number.
     log_sum = s.masked_fill(~abnormal & contrasted, -math.inf).logsumexp(0)    # (L,)
     log_mean = log_sum - abnormal.sum(0).clamp_min(1).log()
     return torch.where(positive, F.softplus(log_mean - s), 0).sum() / positive.sum().clamp_min(1)
@@ -426,7 +423,7 @@ def features(encoder, images):
 
 
 def put_back(tokens, visible, num_patches):
-    """Tokens (B, 1 + V, D) of visible positions (B, V), in their places: the others are zeros.
+    """Scatters visible tokens (B, 1 + V, D) to their positions (B, V), fills the rest with zeros.
 
     Returns tokens (B, 1 + L, D), hidden (B, L) bool: the positions that are not visible.
     """
@@ -438,7 +435,7 @@ def put_back(tokens, visible, num_patches):
 
 
 class AFiRe(nn.Module):
-    """Student, teacher (its average), decoder, prototypes; weights of the losses [R: 1 each]."""
+    """Student, teacher (its average), decoder, prototypes; weights of the losses, 1 each [R]."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  out_dim=256, head_dim=1024, bottleneck_dim=256, decoder_dim=512, decoder_depth=8,
@@ -539,7 +536,7 @@ class PretrainOptions(DataOptions):
     patch_size: int = option(16, "side of a token's patch, in pixels", least=1)
     levels: str = option("file", "grey levels as in the file, or equalised", ("file", "equal"))
     keep: float = option(1.0, "fraction of the tokens of x' that the student sees")
-    epochs: int = option(400, "passes over the normal images", least=1)
+    epochs: int = option(400, "passes over the normal images, in whole batches", least=1)
     batch_size: int = option(64, "images in a step, over all processes (release: 1024)", least=1)
     lr: float = option(5e-4, "peak learning rate for a batch of 256, scaled with it")
     structure_weight: float = option(1.0, "weight of L_stru; 0 ablates it")
@@ -623,16 +620,16 @@ def find_device(name):
 
 
 def to_device(array, device):
-    """An array as a tensor on the device; the host does not wait while it is copied to a GPU."""
+    """An array as a tensor on the device, copied without blocking the host."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @torch.no_grad()
 def in_batches(function, images, rows, device):
-    """function of images[rows] on the device, 64 at a time: -> its results, concatenated."""
+    """Applies function to images[rows] in batches of 64 at most: -> its results, concatenated."""
     batches = np.array_split(rows, 1 + len(rows) // 64)
     return torch.cat([function(to_device(images[batch], device) / 255) for batch in batches])
 
@@ -706,8 +703,9 @@ class Trainer:
             self.model.student["head"].last_layers.grad = None                 # frozen, as in DINO
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack([gradient.norm() for gradient in gradients])
-        for gradient, norm in zip(gradients, norms):
-            gradient.mul_((3 / norm).clamp_max(1))             # clipped one by one, as in DINO
+        scales = (3 / norms).clamp_max(1)                      # clipped one by one, as in DINO
+        for gradient, scale in zip(gradients, scales):
+            gradient.mul_(scale)
         self.optimizer.step()
         self.model.update_teacher(momentum)
         return torch.stack([*losses.values(), norms.norm()]).detach()
@@ -764,7 +762,8 @@ def pretrain(options):
     elif options.init:
         encoder = load_encoder(options.init, options.img_size)
         if encoder.sizes != model.student["encoder"].sizes:
-            raise InputError(f"--init {options.init} needs another --arch or --patch-size")
+            raise InputError(f"--init {options.init} has another size: change --arch or "
+                             "--patch-size")
         model.student["encoder"].load_state_dict(encoder.state_dict())
         model.teacher["encoder"].load_state_dict(encoder.state_dict())
         run["earlier_images"] = trained_images(options.init)
@@ -790,7 +789,7 @@ def pretrain(options):
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if not math.isfinite(gradient_norm):       # alike in all processes: all stop here
                     raise InputError(f"the gradient is not finite in epoch {epoch + 1}: try a "
-                                     f"lower --lr in another --out; {path} is from before")
+                                     "lower --lr in another --out")
         means = (gather(sums.unsqueeze(0)).mean(0) / per_epoch).tolist()
         run["epoch"] = epoch + 1
         run["history"].append({"epoch": epoch + 1, **dict(zip(trainer.figures, means)),
@@ -830,21 +829,21 @@ def detection(scores, labels):
 
 def auroc(scores, labels):
     """The chance that a positive scores above a negative, ties counting half: -> float."""
-    return detection(np.asarray(scores), np.asarray(labels, bool))["auroc"]
+    return detection(np.asarray(scores, float), np.asarray(labels, bool))["auroc"]
 
 
-def defined_mean(values, axis=None):
-    """The mean of what is not NaN, NaN if nothing is left."""
+def nan_mean(values, axis=None):
+    """The mean without NaN; NaN if nothing is left."""
     return np.ma.filled(np.ma.masked_invalid(values).mean(axis), math.nan)
 
 
 def mean_auroc(scores, labels, patients, resamples=200):
-    """AUROC of each finding, a mean over draws: -> (F,), and a 95 % interval of the mean finding.
+    """AUROC of each finding, averaged over draws: -> (F,), and a 95 % interval of their mean.
 
     scores (draws, T, F), labels (T, F) bool, patients (T,), over whom the bootstrap is [D].
     """
     def by_finding(rows):
-        return defined_mean([[auroc(draw[rows, f], labels[rows, f]) for f in range(labels.shape[1])]
+        return nan_mean([[auroc(draw[rows, f], labels[rows, f]) for f in range(labels.shape[1])]
                              for draw in scores], 0)
 
     _, person = np.unique(patients, return_inverse=True)
@@ -853,14 +852,14 @@ def mean_auroc(scores, labels, patients, resamples=200):
     means = []
     for _ in range(resamples):
         drawn = random.integers(len(rows_of), size=len(rows_of))
-        means.append(defined_mean(by_finding(np.concatenate([rows_of[i] for i in drawn]))))
+        means.append(nan_mean(by_finding(np.concatenate([rows_of[i] for i in drawn]))))
     means = [mean for mean in means if not math.isnan(mean)] or [math.nan]
     return by_finding(slice(None)), np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def silhouette(points, cluster):
     """Mean silhouette (Rousseeuw, 1987): points (N, D), cluster (N,) integers -> -1 to 1."""
-    cluster = cluster.long()
+    cluster = cluster.unique(return_inverse=True)[1]
     member = F.one_hot(cluster).to(points.dtype)                       # (N, clusters)
     size = member.sum(0)
     distance = torch.cdist(points, points) @ member / size             # mean, to each cluster
@@ -919,7 +918,7 @@ def learn_from_few(learn, labels, train):
 
 
 def restoration_error(afire, images):
-    """Error of tokens, restored while one of every 2 x 2 is masked [D]: (B, 1, S, S) -> (B, L)."""
+    """Error of tokens, a quarter of which is masked at a time [D]: (B, 1, S, S) -> (B, L)."""
     x = normalise(images)
     tokens = afire.student["encoder"](x)                                       # (B, 1 + L, D)
     odd = torch.arange(math.isqrt(tokens.shape[1] - 1), device=x.device) % 2   # (side,)
@@ -966,7 +965,9 @@ def maps_of(images, rows, device, encoder, afire=None, normals=()):
     tokens = prototypes = None
     if len(normals):
         tokens = in_batches(lambda x: features(encoder, x), images, normals, device)   # (N, L, D)
-        prototypes = afire.teacher["head"](tokens).mean(0) if afire else None
+        if afire:                                          # in parts, as the head is wide
+            logits = [afire.teacher["head"](part) for part in tokens.split(64)]
+            prototypes = torch.cat(logits).mean(0)         # (L, K)
     batches = [anomaly_maps(to_device(images[batch], device) / 255, encoder, afire, prototypes,
                             tokens) for batch in np.array_split(rows, 1 + len(rows) // 64)]
     maps = {score: torch.cat([batch[score] for batch in batches]).cpu().numpy()
@@ -1012,15 +1013,17 @@ def load_models(path, img_size=None):
     checkpoint = read_checkpoint(path)
     try:
         run = PretrainOptions(**checkpoint["config"]) if "history" in checkpoint else None
-    except TypeError as error:
+        if run and img_size in (None, run.img_size):
+            trained = build_model(run)
+            trained.load_state_dict(checkpoint["model"])
+            untrained = build_model(run)
+            return {"checkpoint": (trained.teacher["encoder"], trained),
+                    "random_init": (untrained.teacher["encoder"], untrained)}, run
+    except (TypeError, RuntimeError) as error:
         raise InputError(f"{path} is of another version of afire.py: use that one") from error
-    if run and img_size in (None, run.img_size):
-        trained = build_model(run)
-        trained.load_state_dict(checkpoint["model"])
-        untrained = build_model(run)
-        return {"checkpoint": (trained.teacher["encoder"], trained),
-                "random_init": (untrained.teacher["encoder"], untrained)}, run
     encoder = load_encoder(path, img_size)
+    if encoder.sizes[2] != 3:
+        raise InputError(f"{path} takes {encoder.sizes[2]} channels: use an encoder of 3 channels")
     torch.manual_seed(0)
     return {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}, run
 
@@ -1028,9 +1031,10 @@ def load_models(path, img_size=None):
 def trained_images(path):
     """Hashes of the files that a checkpoint was pre-trained on, to keep them out of the test."""
     checkpoint = read_checkpoint(path)
-    if "images" not in checkpoint:
+    hashes = checkpoint.get("images", ["unknown"]) + checkpoint.get("earlier_images", [])
+    if "unknown" in hashes:
         print(f"{path} does not say what it was trained on: that may be among the test images")
-    return checkpoint.get("images", []) + checkpoint.get("earlier_images", [])
+    return hashes
 
 
 def evaluate_network(encoder, afire, data, normals, steps, device):
@@ -1061,7 +1065,7 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
         report[protocol] = {}
         for share, scores in learn_from_few(learn, data.labels, data.train).items():
             values, ci95 = mean_auroc(scores, truth, patients)
-            report[protocol][share] = {"macro_auroc": float(defined_mean(values)), "ci95": ci95,
+            report[protocol][share] = {"macro_auroc": float(nan_mean(values)), "ci95": ci95,
                                        "per_finding": dict(zip(data.findings, values.tolist()))}
             arrays[f"{protocol} {share}"] = scores
 
@@ -1117,7 +1121,8 @@ def evaluate(options):
     out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "eval")
     out.mkdir(parents=True, exist_ok=True)
     if data.findings:
-        print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
+        if seen[data.test].any():
+            print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
         data.test = data.test[~seen[data.test]]
         normal = ~data.labels.any(1)
         normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
@@ -1140,7 +1145,8 @@ def evaluate(options):
         data.test = np.arange(len(data.names))
         maps = maps_of(data.images, data.test, device, encoder, afire)
     else:
-        raise InputError(f"{path} is an encoder alone and needs findings: give --labels")
+        raise InputError(f"without findings, eval needs a run at its own image size: {path} is an "
+                         "encoder alone, so give --labels")
     scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (T, scores)
     order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
     with open(out / "scores.csv", "w", newline="", encoding="utf-8",
@@ -1156,8 +1162,10 @@ def evaluate(options):
     if data.findings:
         print_table(report)
     if not afire:
-        print("prototype and restoration need AFiRe's head and decoder, and are left out")
-    print(f"in {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+        print("prototype and restoration are left out: they need AFiRe's head and decoder, at the "
+              "image size of the run")
+    others = ", metrics.json, predictions.npz" if data.findings else ""
+    print(f"in {out}: scores.csv, anomaly.png{others}")
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -1184,7 +1192,7 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):   # DINO's options are in one
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                             # a broken file can raise anything
-        raise InputError(f"{path} is not a file of tensors alone: save its state dict") from error
+        raise InputError(f"{path} holds more than tensors: save its state dict alone") from error
 
 
 def load_encoder(path, img_size=None):
@@ -1200,7 +1208,7 @@ def load_encoder(path, img_size=None):
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
     if not prefixes:
         raise InputError(f"{path} holds no ViT: there is no {first} among {list(state)[:4]}")
-    prefix = max(prefixes, key=lambda name: "teacher" in name)         # the first of the best
+    prefix = max(prefixes, key=lambda name: "teacher" in name)         # a teacher's, if any
     state = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix)}
     try:
@@ -1247,7 +1255,7 @@ def is_dicom(path):
 
 
 def read_dicom(path):
-    """A DICOM file as a viewer shows it: -> (H, W) float32."""
+    """A DICOM file as a viewer shows it: -> (H, W) float32, uint8 if it has no more than 8 bits."""
     import pydicom                                         # the one package that is optional
     file = pydicom.dcmread(path)
     stored = file.pixel_array
@@ -1256,13 +1264,14 @@ def read_dicom(path):
         raise ValueError(f"DICOM of {kind} in {stored.ndim} dimensions")
     pixels = pydicom.pixels.apply_modality_lut(stored, file)
     pixels = pydicom.pixels.apply_voi_lut(pixels, file).astype(np.float32)
-    if file.get("PresentationLUTShape", "INVERSE" if kind == "MONOCHROME1" else "") == "INVERSE":
-        pixels = -pixels
-    if "PixelPaddingValue" in file:
+    if kind == "MONOCHROME1" or file.get("PresentationLUTShape") == "INVERSE":
+        pixels = 2.0 ** file.BitsStored - 1 - pixels
+    if file.get("PixelPaddingValue") is not None:
         ends = (file.PixelPaddingValue, file.get("PixelPaddingRangeLimit", file.PixelPaddingValue))
         padding = (stored >= min(ends)) & (stored <= max(ends))
         pixels[padding] = pixels[~padding].min(initial=pixels.max())
-    return pixels
+    in_8_bits = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
+    return pixels.round().astype(np.uint8) if in_8_bits else pixels.astype(np.float32)
 
 
 def read_image(path, size, levels="file"):
@@ -1292,14 +1301,16 @@ def decode_files(paths, size, levels, cache):
     """Decodes files once: -> images (n, 1, S, S) uint8, {row: hash}, {row: why it failed}.
 
     The cache is a memory-mapped file of n records, shared by all runs. A record whose checksum is
-    wrong is decoded: after a failure, a power cut, or while a second process is writing it.
+    wrong is decoded again: after a failure, a power cut, or while another process is writing it.
     """
     versions = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr((size, levels, versions)).encode()).hexdigest()[:16]
+    rules = inspect.getsource(read_dicom) + inspect.getsource(read_image)      # changed: a new file
+    key = hashlib.sha256(repr((rules, size, levels, versions)).encode()).hexdigest()[:16]
     file = Path(cache or "runs/cache", f"{key}.images")
     file.parent.mkdir(parents=True, exist_ok=True)
     layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size)), ("checksum", "<u4")])
-    with open(file, "ab") as stream:
+    file.touch()
+    with open(file, "r+b") as stream:
         if hasattr(os, "posix_fallocate"):                 # a full disk fails here, not by SIGBUS
             os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
         stream.truncate(len(paths) * layout.itemsize)
@@ -1348,7 +1359,7 @@ def find_files(folder):
     return sorted(names), skipped
 
 
-NORMAL = ("", "normal", "no finding", "healthy")
+NORMAL = ("", "normal", "normals", "no finding", "nofinding", "no findings", "healthy")
 SPLITS = {"train": "train", "training": "train", "train images": "train",
           "test": "test", "testing": "test", "test images": "test",
           "val": "val", "valid": "val", "validation": "val", "dev": "val"}
@@ -1358,24 +1369,25 @@ def read_table(file):
     """CSV -> {image: (set of findings, patient, split)}; the patient is the image if not known."""
     try:
         with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
+            reader = csv.reader(stream)
+            lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader if line]
     except csv.Error as error:
         raise InputError(f"{file} is not a CSV file: {error}") from error
-    titles = lines[0] if lines else []
+    titles = lines[0][1] if lines else []
     if not {"image", "findings"} <= set(titles) or len(set(titles)) < len(titles):
         raise InputError(f"{file} needs columns image and findings, with commas, each of them "
                          f"once: it has {titles}")
     table = {}
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in lines[1:]:
         cells = dict(zip(titles, line))
         split = cells.get("split", "")
         if len(line) != len(titles) or split not in ("", "train", "test"):
-            raise InputError(f"{file}, row {number}: write {len(titles)} cells, and as split "
+            raise InputError(f"{file}, line {number}: write {len(titles)} cells, and as split "
                              "train, test or nothing")
         findings = {name.strip().lower() for name in cells["findings"].split("|")}
         row = (findings.difference(NORMAL), cells.get("patient") or cells["image"], split)
         if table.setdefault(cells["image"], row) != row:
-            raise InputError(f"{file}, row {number}: keep one of the rows of {cells['image']}")
+            raise InputError(f"{file}, line {number}: keep one of the rows of {cells['image']}")
     return table
 
 
@@ -1555,7 +1567,7 @@ def phantom_radiographs(size):
 # ---- Figures -------------------------------------------------------------------------------------
 
 def plot_images(file, columns):
-    """A column for each title: {title: (n, S, S)}, in colour where S is not the first one's."""
+    """A column for each title: {title: (n, S, S)}, in colour where S is smaller than the first."""
     n, _, size = next(iter(columns.values())).shape
     figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
     axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
@@ -1601,7 +1613,7 @@ def main(argv=None):
         if rank >= int(os.environ.get("WORLD_SIZE", 1)):
             raise InputError(f"RANK is {rank} without a larger WORLD_SIZE: use torchrun")
         if rank > 0:
-            sys.stdout = open(os.devnull, "w")             # only the first process prints
+            sys.stdout = open(os.devnull, "w", errors="replace")   # only the first process prints
         options = parse_arguments(argv)
         if isinstance(options, PretrainOptions):
             pretrain(options)

@@ -5,7 +5,7 @@
         --boxes boxes.csv [--out FOLDER]
 
 boxes.csv has the columns image (a path below --data), finding, x, y, w, h, in pixels of the image
-before it is resized. Prints a table and writes boxes.json and boxes.png.
+before it is resized, of PNG or JPEG files. Prints a table and writes boxes.json and boxes.png.
 """
 
 import argparse

@@ -3,9 +3,10 @@
 
     python results/mae.py pretrain --keep 0.25 --epochs 110 --out runs/mae ...
 
-The options are those of afire.py; --keep is the fraction of the tokens that the encoder sees. The
-optimiser, its schedules and the moving average are AFiRe's too. The head is not trained: of the
-anomaly scores of `afire.py eval`, `prototype` means nothing for such a run.
+The options are those of afire.py, in one process; --keep is the fraction of the tokens that the
+encoder sees. The optimiser, its schedules and the moving average are AFiRe's too. The head is not
+trained and the decoder predicts normalised patches: the anomaly scores `prototype` and
+`restoration` of `afire.py eval`, and restoration.png, mean nothing for such a run.
 """
 
 import sys
@@ -22,6 +23,8 @@ class MAE(afire.AFiRe):
 
     def forward(self, normal, lesioned, mask, prototype_momentum=None, visible=None):
         """The arguments of AFiRe; only normal (B, 1, H, W) and visible (B, V) are used."""
+        if visible is None:
+            raise afire.InputError("an MAE hides tokens: choose --keep below 1, such as 0.25")
         x = afire.normalise(normal)
         tokens = self.student["encoder"](x, visible)                           # (B, 1 + V, D)
         tokens, hidden = afire.put_back(tokens, visible, self.num_patches)

@@ -5,8 +5,9 @@
     python afire.py eval --ckpt runs/afire --data shifted --labels shifted/labels.csv \\
         --out runs/afire/shifted
 
-The films to train on are linked as they are. Children and cameras differ: does a model that was
-chosen on the films held out still work where the chest is framed in another way?
+The films to train on are linked as they are; those held out are read as squares of 256 px. Children
+and cameras differ: does a model that was chosen on the films held out still work where the chest is
+framed in another way?
 """
 
 import argparse
@@ -23,22 +24,21 @@ import afire  # noqa: E402
 
 
 def move(image, random):
-    """A greyscale image, zoomed and moved; what comes in from outside repeats the border."""
-    height, width = image.height, image.width
-    zoom = random.uniform(1, 1.2)
+    """A square image, zoomed and moved; what comes in from outside repeats the border."""
+    side = image.height
+    cropped = round(side / random.uniform(1, 1.2))
     y, x = random.uniform(-0.06, 0.06, 2)
-    margin = max(height, width) // 10
+    margin = side // 10
+    top = margin + round((side - cropped) / 2 + y * side)
+    left = margin + round((side - cropped) / 2 + x * side)
     padded = TF.pad(image, margin, padding_mode="edge")
-    h, w = round(height / zoom), round(width / zoom)
-    top = margin + round((height - h) / 2 + y * height)
-    left = margin + round((width - w) / 2 + x * width)
-    return TF.resized_crop(padded, top, left, h, w, [height, width])
+    return TF.resized_crop(padded, top, left, cropped, cropped, [side, side])
 
 
 def main(argv=None):
     """Bad input ends in one sentence and status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of PNG or JPEG files")
+    parser.add_argument("--data", required=True, help="folder of radiographs")
     parser.add_argument("--labels", required=True, help="CSV, as for afire.py")
     parser.add_argument("--out", required=True, help="folder for the films and their labels.csv")
     options = parser.parse_args(argv)
@@ -56,7 +56,7 @@ def main(argv=None):
             source = Path(options.data, data.names[row]).absolute()
             name = f"{row}.png" if split == "test" else f"{row}{source.suffix}"
             if split == "test":
-                move(Image.open(source).convert("L"), random).save(out / name)
+                move(Image.fromarray(afire.read_image(source, 256)), random).save(out / name)
             else:
                 (out / name).symlink_to(source)
             findings = "|".join(np.array(data.findings)[data.labels[row]])

@@ -104,7 +104,7 @@ def columns_of(run, network, draws):
         elif scores.ndim == 3:                                                 # (draws, T, F)
             by_finding = [[auroc(draw[:, f], labels[:, f], draws) for f in range(labels.shape[1])]
                           for draw in scores]
-            areas[key] = afire.defined_mean(afire.defined_mean(by_finding, 0), 0)
+            areas[key] = afire.nan_mean(afire.nan_mean(by_finding, 0), 0)
         else:                                                                  # (T, L)
             areas[key] = auroc(afire.image_scores(scores), abnormal, draws)
             pixels.append(afire.unpatchify(torch.from_numpy(scores).unsqueeze(2), 1))
@@ -112,10 +112,9 @@ def columns_of(run, network, draws):
         masks = run["masks"]
         step = max(1, masks.shape[1] // 56)
         truth = masks[:, step // 2::step, step // 2::step]                     # (T, 56, 56)
-        located = draws * (~abnormal | masks.any((1, 2)))                      # (R, T)
         pixels = [F.interpolate(grid, truth.shape[1:], mode="bilinear").numpy() for grid in pixels]
-        best = np.argmax([auroc(scores, truth, located[:1]) for scores in pixels])
-        areas["pixels"] = auroc(pixels[best], truth, located)
+        best = np.argmax([auroc(scores, truth, draws[:1]) for scores in pixels])
+        areas["pixels"] = auroc(pixels[best], truth, draws)
     return np.stack(list(areas.values()))
 
 
