@@ -4,7 +4,7 @@
 A single-file reference implementation of Liu, He, Wen, Yang and Chen, AAAI 2025 (arXiv:2504.10972).
 A Vision Transformer is pre-trained on *normal* chest radiographs only, with two tasks on tokens:
 (I) a position shows the same anatomy in every patient, so its tokens are contrasted with a
-prototype of that position; (II) synthetic lesions are added to the image and restored away.
+prototype of that position; (II) synthetic lesions are added, and the normal image is restored.
 
                         teacher: moving average of the student
     x  normal --------> encoder --E^T--> head --Q^T--> mean over images --> P --Sinkhorn--> C
@@ -55,7 +55,7 @@ from tqdm import tqdm
 # ---- Synthetic lesion mask (Fig. 2, left) --------------------------------------------------------
 
 def otsu_threshold(levels):
-    """Otsu's threshold (1979), brighter pixels are foreground: (B, H, W) in 0..255 -> (B,)."""
+    """Otsu's threshold (1979), pixels above it are bright: (B, H, W) in 0..255 -> (B,)."""
     levels = levels.flatten(1)                                                 # (B, H * W)
     counts = torch.zeros(len(levels), 256, device=levels.device)
     counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
@@ -68,23 +68,23 @@ def otsu_threshold(levels):
 
 
 def largest_region(bright, rounds=12):
-    """The 8-connected region of most pixels [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
-    # Connected components by pointer jumping: each bright pixel, and the pixel that it points to,
-    # take the highest pointer of the 3 x 3 neighbourhood; then each follows its pointer twice.
-    # A region ends with one pointer. The worst maze that was tried, at 1024 px, needs 10 rounds.
+    """The largest 8-connected component [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
+    # Pointer jumping: a pixel's label is the index of a pixel, at first its own. Neighbours share
+    # the highest label, so does the pixel it points to, and labels of labels are followed. In the
+    # end a component has one label; the worst maze that was tried, at 1024 px, needs 10 rounds.
     B, H, W = bright.shape
     pixel = torch.arange(H * W, device=bright.device)
-    pointer = pixel.expand(B, -1)                                              # (B, H * W)
+    label = pixel.expand(B, -1)                                                # (B, H * W)
     dark = ~bright.flatten(1)
     for _ in range(rounds):
-        highest = pointer.masked_fill(dark, 0).view(B, 1, H, W).float()        # exact below 2^24
+        highest = label.masked_fill(dark, 0).view(B, 1, H, W).float()          # exact below 2^24
         highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1).long()
-        highest = torch.where(dark, pixel, highest)
-        pointer = pointer.scatter_reduce(1, pointer, highest, "amax")
-        pointer = pointer.gather(1, pointer)
-        pointer = pointer.gather(1, pointer)
-    size = torch.zeros_like(pointer).scatter_add(1, pointer, (~dark).long())   # by last pixel
-    largest = pointer == size.argmax(1, keepdim=True)
+        highest = torch.where(dark, pixel, highest)                            # neighbours share
+        label = label.scatter_reduce(1, label, highest, "amax")                # so does its root
+        label = label.gather(1, label)                                         # a label's label
+        label = label.gather(1, label)
+    size = torch.zeros_like(label).scatter_add(1, label, (~dark).long())       # pixels of a label
+    largest = label == size.argmax(1, keepdim=True)
     return bright & largest.view(B, H, W)
 
 
@@ -130,7 +130,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     Only lesion pixels are clipped at 235 / 255, and none is darkened [D; R: the whole image].
 
     images (B, 1, H, W) in [0, 1]; centre (B, 2) as from texture_centre, computed if not given;
-    offset: index of the first image in a larger batch for which the generator draws.
+    offset: index of images[0] in the global batch, for which the generator draws.
     Returns lesioned x' and mask M, both shaped like images; x' == x where M == 0.
     """
     B, _, H, W = images.shape
@@ -139,7 +139,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     if centre is None:
         centre = texture_centre(images)
 
-    # Texture: the 60 x 60 px around the centre, shifted to lie inside the image. Sizes are at 224.
+    # Texture: the 60 x 60 px around the centre, shifted to lie inside (for an image of 224 px).
     h = max(1, round(60 * H / 224))
     w = max(1, round(60 * W / 224))
     top = (centre[:, 0] - h / 2).round().clamp(0, H - h).long()                # (B,)
@@ -165,6 +165,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
         inside = (pixel >= 0) & (pixel < size)
         return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
 
+    # Five draws in [0, 1) for each of 4 lesions, of which the first 1 to 4 exist.
     draws = uniform((offset + B, 4, 5), generator, device)[offset:]
     height, width, y, x, number = draws.unsqueeze(3).unbind(2)                 # (B, 4, 1) each
     exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
@@ -177,7 +178,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     return lesioned, mask
 
 
-# ---- Vision Transformer: names and arithmetic are timm's, positions MAE's ------------------------
+# ---- Vision Transformer: names and arithmetic as in timm, positions as in MAE --------------------
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, L, C * p * p), row by row."""
@@ -196,7 +197,7 @@ def abnormal_tokens(mask, patch_size):
 
 
 def sincos_positions(side, dim):
-    """MAE's [R]: (1, 1 + L, dim), half for the column, half for the row; 0 for the class token."""
+    """MAE's [R], half for the column, half for the row: (1, 1 + L, dim); 0 for the class token."""
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(side, dtype=torch.float64).outer(frequency)           # (side, dim / 4)
     column = torch.cat([angle.sin(), angle.cos()], 1).expand(side, side, -1)   # (side, side, d / 2)
@@ -271,7 +272,7 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x, visible=None):
-        """visible (B, V) long: sorted positions to encode, without the others -> (B, 1 + V, D)."""
+        """visible (B, V) long: sorted positions, the only ones to encode -> (B, 1 + V, D)."""
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)             # (B, L, D)
         x = x + self.pos_embed[:, 1:]
         if visible is not None:
@@ -317,7 +318,7 @@ class AnatomyHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         for layer in self.mlp[::2]:
-            nn.init.normal_(layer.weight, std=0.02)        # [R] truncates it at 100 std
+            nn.init.normal_(layer.weight, std=0.02)        # [R] truncates at 100 std
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens):
@@ -326,12 +327,12 @@ class AnatomyHead(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             rows = self.last_layers.float()
             scores = torch.einsum("bld,lkd->blk", F.normalize(z, dim=2), rows)
-            return scores / rows.norm(dim=2)               # cosines; a long row turns slowly [D]
+            return scores / rows.norm(dim=2)               # cosines; longer rows learn slower [D]
 
 
 def sinkhorn(scores, epsilon=0.05, iterations=3):
     """Sinkhorn-Knopp [R]: scores -> assignment (L, K), rows sum to 1, columns nearly to L / K."""
-    log_c = scores.float() / epsilon                       # (L, K), a logarithm: no overflow
+    log_c = scores.float() / epsilon                       # (L, K), in logarithms: no overflow
     for _ in range(iterations):
         log_c = log_c - log_c.logsumexp(0, keepdim=True)
         log_c = log_c - log_c.logsumexp(1, keepdim=True)
@@ -356,7 +357,7 @@ class SpatialPrototypes(nn.Module):
 
     @torch.no_grad()
     def update(self, teacher_logits, momentum=None):
-        """P <- m P + (1 - m) mean of teacher_logits (B, L, K) over images; at first the mean."""
+        """P <- m P + (1 - m) mean of teacher_logits (B, L, K) over images; at first P <- mean."""
         mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
         m = self.momentum if momentum is None else momentum
         # torch.where, as a branch on a tensor would synchronise with the GPU.
@@ -372,7 +373,7 @@ class SpatialPrototypes(nn.Module):
 # ---- Losses --------------------------------------------------------------------------------------
 
 def structure_consistency_loss(logits, assignment, normal, temperature=0.1):
-    """L_stru: every normal token predicts the clusters of its position [P; R].
+    """L_stru: every normal token predicts the soft assignment of its position [P; R].
 
         - 1 / |N|  sum over (i, j) in N, over k:  C_jk log softmax_k(Q^S_ij / temperature)
 
@@ -388,9 +389,9 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
         s_ij = cos(Q^S_ij, P_j) / temperature
         mean over (i, j) in N of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
 
-    A stand-in, to swap for another form: neither the text at hand nor the released code shows the
-    paper's L_cate. It is InfoNCE with the prototype as the anchor; as it takes the mean of the
-    negatives, it is log 2 if tokens are indistinguishable, for any batch size.
+    A stand-in, to be replaced freely: the paper defines L_cate, but neither the text at hand nor
+    the released code shows how. Ours is InfoNCE with the prototype as the anchor; as it takes the
+    mean of the negatives, it is log 2 if tokens are indistinguishable, for any batch size.
 
     logits (B, L, K), prototypes (L, K), normal and abnormal (B, L) bool -> scalar. Positions
     without both kinds of token are ignored; 0 if none is left.
@@ -402,6 +403,7 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
     # Other positions keep all tokens: the gradient of an empty logsumexp is not a number.
     log_sum = s.masked_fill(~abnormal & contrasted, -math.inf).logsumexp(0)    # (L,)
     log_mean = log_sum - abnormal.sum(0).clamp_min(1).log()
+    # - log(exp s / (exp s + m)) = softplus(log m - s)
     return torch.where(positive, F.softplus(log_mean - s), 0).sum() / positive.sum().clamp_min(1)
 
 
@@ -435,7 +437,7 @@ def put_back(tokens, visible, num_patches):
 
 
 class AFiRe(nn.Module):
-    """Student, teacher (its average), decoder, prototypes; weights of the losses, 1 each [R]."""
+    """Student, teacher (moving average), decoder, prototypes; weights of the losses, 1 each [R]."""
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  out_dim=256, head_dim=1024, bottleneck_dim=256, decoder_dim=512, decoder_depth=8,
@@ -477,7 +479,7 @@ class AFiRe(nn.Module):
         logits = self.student["head"](tokens[:, 1:])                           # (B, L, K)
         restored = self.decoder(tokens, abnormal | hidden)                     # (B, 3, H, W)
 
-        logits = gather(logits)                            # task I sees the batch of all processes
+        logits = gather(logits)                            # task I uses the global batch
         normal_set = gather(~abnormal & ~hidden)
         abnormal_set = gather(abnormal & ~hidden)
         assignment = self.prototypes.assignment()                              # (L, K)
@@ -510,10 +512,10 @@ def option(default, text, choices=None, least=0):
 
 @dataclasses.dataclass
 class DataOptions:
-    """What both commands have in common."""
+    """Options that both commands share."""
     data: str = option(None, "folder of radiographs; without it, phantoms are drawn")
     labels: str = option(None, "CSV: image, findings (a|b), and if known patient and split")
-    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto takes the best there is")
+    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -526,23 +528,23 @@ class DataOptions:
 
 @dataclasses.dataclass
 class PretrainOptions(DataOptions):
-    """Pre-train on normal radiographs. The defaults are the release's recipe for one GPU [R]."""
+    """Pre-train on normal radiographs. Preset paper is the release's recipe for one GPU [R]."""
     out: str = option("runs/afire", "folder of the run; an existing run is resumed")
     init: str = option(None, "checkpoint that the encoder starts from")
-    preset: str = option(None, "defaults of a kind of run; if not given: phantoms without --data, "
-                         "else paper on a GPU and small elsewhere", ("paper", "small", "phantoms"))
+    preset: str = option(None, "set of defaults; if not given: phantoms without --data, else paper "
+                         "on a GPU and small elsewhere", ("paper", "small", "phantoms"))
     arch: str = option("vit_base", "encoder", ("vit_micro", "vit_small", "vit_base"))
     img_size: int = option(224, "side of the square that images are resized to, in pixels", least=1)
-    patch_size: int = option(16, "side of a token's patch, in pixels", least=1)
+    patch_size: int = option(16, "side of a patch, in pixels", least=1)
     levels: str = option("file", "grey levels as in the file, or equalised", ("file", "equal"))
     keep: float = option(1.0, "fraction of the tokens of x' that the student sees")
     epochs: int = option(400, "passes over the normal images, in whole batches", least=1)
     batch_size: int = option(64, "images in a step, over all processes (release: 1024)", least=1)
-    lr: float = option(5e-4, "peak learning rate for a batch of 256, scaled with it")
-    structure_weight: float = option(1.0, "weight of L_stru; 0 ablates it")
-    category_weight: float = option(1.0, "weight of L_cate; 0 ablates it")
-    restoration_weight: float = option(1.0, "weight of L_rest; 0 ablates it")
-    seed: int = option(0, "of everything random")
+    lr: float = option(5e-4, "peak learning rate at batch size 256, scaled linearly with it")
+    structure_weight: float = option(1.0, "weight of L_stru; 0 disables it")
+    category_weight: float = option(1.0, "weight of L_cate; 0 disables it")
+    restoration_weight: float = option(1.0, "weight of L_rest; 0 disables it")
+    seed: int = option(0, "random seed")
     warmup_epochs: int = 10                    # of linear warm-up; only presets change it
     teacher_momentum: float = 0.996            # at the start, 1 at the end; only presets change it
 
@@ -558,15 +560,15 @@ PRESETS = {
 
 @dataclasses.dataclass
 class EvalOptions(DataOptions):
-    """Evaluate an encoder beside the same encoder untrained, on --data or the data of its run."""
-    ckpt: str = option("runs/afire", "folder of a run, or any file that load_encoder reads")
+    """Evaluate an encoder and the same encoder untrained, on --data or the data of its run."""
+    ckpt: str = option("runs/afire", "folder of a run, or a ViT of ours, timm, MAE, DINO, ...")
     out: str = option(None, "folder for the results; if not given: eval in the run's folder")
     img_size: int = option(None, "side of the images in pixels, if not the encoder's", least=1)
-    finetune: int = option(0, "steps of fine-tuning on the labels, beside the probe")
+    finetune: int = option(0, "also fine-tune for this many steps; 0: only the probe")
 
 
 def parse_arguments(argv=None):
-    """The command line: -> PretrainOptions or EvalOptions. What is typed overrides the preset."""
+    """The command line: -> PretrainOptions or EvalOptions. Typed options override the preset."""
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, options, presets in ("pretrain", PretrainOptions, PRESETS), ("eval", EvalOptions, {}):
@@ -654,7 +656,7 @@ class Trainer:
         biases_and_norms = [p for p in self.parameters if p.ndim == 1]
         self.optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases_and_norms}],
                                            fused=device.type != "mps")
-        # A GPU that only emulates bf16 trains in float32.
+        # A GPU without native bf16 trains in float32.
         self.bf16 = (device.type == "cuda"
                      and torch.cuda.is_bf16_supported(including_emulation=False))
         self.network = self.model
@@ -697,13 +699,14 @@ class Trainer:
 
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            # In the first epoch the prototypes are the batch mean: momentum 0.
             losses = self.network(normal, lesioned, mask, 0.0 if first_epoch else None, visible)
         losses["loss"].backward()
         if first_epoch:
             self.model.student["head"].last_layers.grad = None                 # frozen, as in DINO
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack([gradient.norm() for gradient in gradients])
-        scales = (3 / norms).clamp_max(1)                      # clipped one by one, as in DINO
+        scales = (3 / norms).clamp_max(1)                      # per parameter, as in DINO [R]
         for gradient, scale in zip(gradients, scales):
             gradient.mul_(scale)
         self.optimizer.step()
@@ -732,8 +735,8 @@ def pretrain(options):
     data = load_radiographs(options.data, options.img_size, labels=options.labels,
                             levels=options.levels)
     normals = data.train[~data.labels[data.train].any(1)]
-    print(f"preset {options.preset}: pre-training on {len(normals)} normal images, without "
-          f"{len(data.train) - len(normals)} with findings and {len(data.test)} held out")
+    print(f"preset {options.preset}: pre-training on {len(normals)} normal images (excluded: "
+          f"{len(data.train) - len(normals)} with findings, {len(data.test)} held out)")
     if len(normals) < options.batch_size:
         raise InputError(f"--batch-size must be at most {len(normals)}, the normal images in train")
 
@@ -828,7 +831,7 @@ def detection(scores, labels):
 
 
 def auroc(scores, labels):
-    """The chance that a positive scores above a negative, ties counting half: -> float."""
+    """The probability that a positive scores above a negative; ties count half: -> float."""
     return detection(np.asarray(scores, float), np.asarray(labels, bool))["auroc"]
 
 
@@ -881,7 +884,7 @@ def linear_probe(x, y, penalty=10.0):
 
 
 def finetune(encoder, data, rows, steps, device, batch_size=32):
-    """Trains the blocks of a copy and a linear layer (D, F) on rows [P; D: its recipe]: -> both."""
+    """Fine-tunes a copy's blocks, with a linear layer, on rows [P; D: recipe]: -> copy, layer."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     encoder = copy.deepcopy(encoder)
@@ -904,7 +907,7 @@ def finetune(encoder, data, rows, steps, device, batch_size=32):
 
 
 def learn_from_few(learn, labels, train):
-    """Scores by learn(rows) -> (T, F), for 1, 10 and 100 % of train: -> {"1%": (draws, T, F)}."""
+    """Test scores (T, F) of learn(rows) for 1, 10, 100 % of train: -> {"1%": (draws, T, F)}."""
     random = np.random.default_rng(0)
     scores = {}
     for percent, draws in (1, 5), (10, 5), (100, 1):
@@ -1008,7 +1011,7 @@ def evaluate_maps(maps, abnormal, masks, patients):
 def load_models(path, img_size=None):
     """-> {"checkpoint": (encoder, AFiRe or None), "random_init": ...}, options of the run or None.
 
-    AFiRe is None where its parts do not fit: other people's files, and another image size.
+    AFiRe is None for files that are not of a run here, and at another image size.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -1047,7 +1050,7 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
     report = {}
     arrays = {}
 
-    # Few labels: what can be learned from them on the encoder's mean token [D], or by the encoder.
+    # Few labels: a linear probe on the mean token [D], and fine-tuning.
     x = in_batches(lambda images: features(encoder, images).mean(1), data.images,
                    np.arange(len(data.images)), device).cpu()                  # (n, D)
 
@@ -1073,7 +1076,7 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
     maps = maps_of(data.images, data.test, device, encoder, afire, normals)    # {score: (T, L)}
     report["anomaly"] = evaluate_maps(maps, truth.any(1), data.masks[data.test], patients)
 
-    # Cohesion [P: Fig. 5]: do the tokens of a position lie together in other people's images?
+    # Cohesion [P: Fig. 5]: do the tokens of a position lie together across patients?
     healthy = data.test[~truth.any(1)][:24]
     tokens = in_batches(lambda images: features(encoder, images), data.images, healthy, device)
     position = torch.arange(tokens.shape[1]).repeat(len(tokens))
@@ -1104,7 +1107,7 @@ def print_table(report):
 def evaluate(options):
     """An encoder beside the same encoder untrained: writes its metrics and prints a table.
 
-    Where --data has no labels, all images are scored by what needs no normal images.
+    Without labels, all images are scored, by the scores that need no normal images.
     """
     device = find_device(options.device)
     path = Path(options.ckpt)
@@ -1127,7 +1130,8 @@ def evaluate(options):
         normal = ~data.labels.any(1)
         normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
         if min(len(normals), normal[data.test].sum()) < 2:
-            raise InputError(f"--data {options.data} needs two normal images in train, two in test")
+            raise InputError(f"--data {options.data} needs at least two normal images in train, "
+                             "and two in test")
         arrays = {"images": np.array(data.names)[data.test],
                   "patients": np.array(data.patients)[data.test],
                   "findings": np.array(data.findings),
@@ -1163,7 +1167,7 @@ def evaluate(options):
         print_table(report)
     if not afire:
         print("prototype and restoration are left out: they need AFiRe's head and decoder, at the "
-              "image size of the run")
+              f"image size of the run; grey levels: {run.levels if run else 'as in the files'}")
     others = ", metrics.json, predictions.npz" if data.findings else ""
     print(f"in {out}: scores.csv, anomaly.png{others}")
 
@@ -1186,7 +1190,8 @@ def save_checkpoint(state, path):
 
 def read_checkpoint(path):
     """A dictionary of tensors and plain data; a file with anything else is refused, not run."""
-    if not Path(path).is_file():
+    path = Path(path, "checkpoint.pth") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: name one, or make it with `pretrain`")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # DINO's options are in one
@@ -1214,9 +1219,11 @@ def load_encoder(path, img_size=None):
     try:
         dim, in_chans, _, patch_size = state[first].shape
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        heads = min(16, max(1, dim // 64))     # no file says: 64 channels each, and ViT-H has 16
+        heads = min(16, max(1, dim // 64))     # not stored: 64 channels each, at most 16
         positions = state["pos_embed"]                                 # (1, 1 + L, D)
         size = img_size or math.isqrt(positions.shape[1] - 1) * patch_size
+        if size % patch_size:
+            raise InputError(f"--img-size {size} must be a multiple of the patch, {patch_size}")
         vit = ViT(size, patch_size, in_chans, dim, depth, heads)
         unknown = [key for key in state if key not in vit.state_dict()
                    and not key.startswith(("head", "decoder", "mask_token"))]
@@ -1227,7 +1234,7 @@ def load_encoder(path, img_size=None):
         state["pos_embed"] = torch.cat([positions[:, :1], patchify(grid, 1)], 1)
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} holds no ViT that fits together: {error}") from error
+        raise InputError(f"{path} holds no complete ViT: {error}") from error
     print(f"{path}: ViT of width {dim}, {depth} blocks, {heads} heads (assumed)")
     return vit
 
@@ -1261,7 +1268,7 @@ def read_dicom(path):
     stored = file.pixel_array
     kind = file.PhotometricInterpretation
     if stored.ndim != 2 or not kind.startswith("MONOCHROME"):
-        raise ValueError(f"DICOM of {kind} in {stored.ndim} dimensions")
+        raise ValueError(f"DICOM of {kind}, {stored.ndim} dimensions")
     pixels = pydicom.pixels.apply_modality_lut(stored, file)
     pixels = pydicom.pixels.apply_voi_lut(pixels, file).astype(np.float32)
     if kind == "MONOCHROME1" or file.get("PresentationLUTShape") == "INVERSE":
@@ -1382,12 +1389,13 @@ def read_table(file):
         cells = dict(zip(titles, line))
         split = cells.get("split", "")
         if len(line) != len(titles) or split not in ("", "train", "test"):
-            raise InputError(f"{file}, line {number}: write {len(titles)} cells, and as split "
-                             "train, test or nothing")
+            raise InputError(f"{file}, line {number}: expected {len(titles)} cells, and "
+                             "train, test or nothing as split")
         findings = {name.strip().lower() for name in cells["findings"].split("|")}
         row = (findings.difference(NORMAL), cells.get("patient") or cells["image"], split)
         if table.setdefault(cells["image"], row) != row:
-            raise InputError(f"{file}, line {number}: keep one of the rows of {cells['image']}")
+            raise InputError(f"{file}, line {number}: conflicting rows for {cells['image']}, keep "
+                             "one")
     return table
 
 
@@ -1438,7 +1446,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     """Radiographs of a folder, with labels of a CSV or of class folders; without both, phantoms."""
     if not data and not labels:
         return phantom_radiographs(img_size)
-    if not data or not Path(data).is_dir():
+    if not data:
+        raise InputError("--labels needs --data, the folder that its paths start from")
+    if not Path(data).is_dir():
         raise InputError(f"--data {data} is not a folder: name the one that the images are in")
     files, skipped = find_files(data)
     if labels:
@@ -1461,13 +1471,13 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     skipped["equal to another image"] = len(hashes) - len(first)
     reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.most_common() if n) or "nothing"
     if not first:
-        raise InputError(f"--data {data} has no image to use (passed over: {reasons}); the column "
-                         "image of --labels has paths below it")
+        raise InputError(f"--data {data} has no image to use (passed over: {reasons}): it needs "
+                         "PNG, JPEG or DICOM files, and --labels paths below it")
     kept = list(first.values())
     if len(kept) < len(names):                             # decode these into a cache of their own
         images, again, _ = decode_files([paths[row] for row in kept], img_size, levels, cache)
         if list(first) != [again.get(i) for i in range(len(kept))]:
-            raise InputError(f"files in {data} change while they are read: start again")
+            raise InputError(f"files in {data} changed while they were read: start again")
     names = [names[row] for row in kept]
     patients = [table[name][1] for name in names]
     findings = sorted(set().union(*findings_of.values()))
@@ -1475,8 +1485,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     test = np.array([splits[name] == "test" for name in names])
     print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} of them normal; passed over: "
           f"{reasons}")
-    print(f"findings by {labels or 'class folders'}: "
-          f"{', '.join(findings) or 'none are known, so that all images count as normal'}")
+    folders = sorted({Path(name).parent.name for name in names})
+    print(f"findings by {labels or 'class folders'}: {', '.join(findings)}" if findings else
+          f"no findings are known: all images count as normal, of the folders {folders[:5]}")
     unknown = sum(patient == name for patient, name in zip(patients, names))
     if unknown:
         print(f"patients unknown: {unknown} images count as {unknown} people; name them with "
@@ -1522,7 +1533,7 @@ def radiograph(rng, size):
     radius = draw(0.26, 0.32)
     heart = ellipse(heart_x, heart_y, radius, 0.85 * radius, 3 * blur)
     air = chest * edge(diaphragm - y, blur) * (1 - mediastinum) * (1 - heart)
-    # Findings take the place of air: all of it, but a nodule, thinner than the lung, only some
+    # Findings replace air; a nodule, thinner than the lung, replaces only part of it
     side = rng.choice([-1, 1])
     nodule_x = x + side * draw(0.3, 0.5)                    # in the lung without the effusion
     nodule_y = y + draw(0.1, 0.45)                          # above the heart
@@ -1532,7 +1543,7 @@ def radiograph(rng, size):
     cardiomegaly = ellipse(heart_x, heart_y, 1.35 * radius, 1.15 * radius, 3 * blur)
     opacity = labels[:, None, None] * np.stack([nodule, effusion, cardiomegaly])
     masks = air * opacity > 0.05
-    # What absorbs: bones, and tissue where there is no air, more of it at the lungs' large vessels
+    # Absorption: bone, and soft tissue where there is no air, denser at the hila
     ribs = np.cos(38 * (y - draw(0.3, 0.6) * lateral ** 3) + draw(0, 6))    # a wave for each
     spine = edge(0.075 - lateral, 2 * blur) * (1 + 0.2 * np.cos(50 * y))    # a wave per vertebra
     clavicles = ellipse(lateral - 0.34, y + 0.5 + 0.2 * lateral, 0.25, 0.035, 0.05)
@@ -1623,7 +1634,7 @@ def main(argv=None):
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: `pretrain` with the same options resumes after the last whole epoch")
+        print("\nstopped: the same `pretrain` command resumes after the last whole epoch")
         sys.exit(130)
 
 

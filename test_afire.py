@@ -1550,18 +1550,20 @@ def test_names_in_any_bytes_do_no_harm_and_a_mistake_leaves_no_folder(tmp_path):
 
 
 def test_what_failed_is_tried_again_and_nothing_else_is_decoded_again(tmp_path, monkeypatch):
+    """read_image begins with is_dicom."""
     folder = tmp_path / "set"
     write_films(folder, "a.png", "b.png", "c.png")
     with monkeypatch.context() as patch:
-        patch.setattr(afire, "read_image", Mock(side_effect=PermissionError))
+        patch.setattr(afire, "is_dicom", Mock(side_effect=PermissionError))
         with pytest.raises(afire.InputError, match="3 unreadable .PermissionError"):
             load(folder)
-    read = Mock(side_effect=afire.read_image)
-    monkeypatch.setattr(afire, "read_image", read)
+    read = Mock(side_effect=afire.is_dicom)
+    monkeypatch.setattr(afire, "is_dicom", read)
     assert load(folder).names == load(folder).names == ["a.png", "b.png", "c.png"]
     assert read.call_count == 3
     write_images(folder, [film(9, 24)], ["a.png"])
-    assert np.array_equal(load(folder).images[0, 0], read(folder / "a.png", 8)), "a changed file"
+    image = afire.read_image(folder / "a.png", 8)
+    assert np.array_equal(load(folder).images[0, 0], image), "a changed file"
 
 
 @pytest.mark.parametrize("damage", ["zeros", "random", "cut", "longer"])
