@@ -1600,7 +1600,7 @@ def plot_maps(file, images, maps):
 
 @torch.no_grad()
 def plot_restoration(file, afire, normal):
-    """x, x', its normal tokens, and x' with the abnormal ones restored: images (B, 1, H, W)."""
+    """x, x', which tokens are hidden, and x' with these restored: images (B, 1, H, W)."""
     lesioned, mask = synthetic_lesion_mask(normal, torch.Generator().manual_seed(0))
     abnormal = abnormal_tokens(mask, afire.patch_size)                         # (B, L)
     restored = afire.decoder(afire.student["encoder"](normalise(lesioned)), abnormal)
@@ -1608,8 +1608,8 @@ def plot_restoration(file, afire, normal):
     hidden = unpatchify(abnormal.unsqueeze(2).expand(-1, -1, afire.patch_size ** 2),
                         afire.patch_size)                                      # (B, 1, H, W) bool
     columns = {"x": normal, "x' = x + M": lesioned,
-               "normal tokens": lesioned.masked_fill(hidden, 0),
-               "x', others restored": torch.where(hidden, restored, lesioned)}
+               "hidden tokens": lesioned.masked_fill(hidden, 0),
+               "hidden restored": torch.where(hidden, restored, lesioned)}
     plot_images(file, {title: images[:, 0].cpu().numpy() for title, images in columns.items()})
 
 
