@@ -68,7 +68,7 @@ def otsu_threshold(levels):
 
 
 def largest_region(bright, rounds=12):
-    """The largest 8-connected component [D] of each image: (B, H, W) bool -> (B, H, W) bool."""
+    """The largest 8-connected component of an image [D]: (B, H, W) bool -> (B, H, W) bool."""
     # Pointer jumping: a pixel's label is the index of a pixel, at first its own. Neighbours share
     # the highest label, so does the pixel it points to, and labels of labels are followed. In the
     # end a component has one label; the worst maze that was tried, at 1024 px, needs 10 rounds.
@@ -89,7 +89,7 @@ def largest_region(bright, rounds=12):
 
 
 def enclosing_circle_centre(region, steps=80):
-    """The centre of the smallest circle around each region: (B, H, W) bool -> (B, 2), y and x."""
+    """The centre of the smallest circle around a region: (B, H, W) bool -> (B, 2), y and x."""
     # Badoiu and Clarkson (2003): step i moves 1/i of the way to the farthest point; 80 steps end
     # within 2.5 px at 224. The farthest point is the first or the last of its row.
     B, H, W = region.shape
@@ -165,9 +165,9 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
         inside = (pixel >= 0) & (pixel < size)
         return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
 
-    # Five draws in [0, 1) for each of 4 lesions, of which the first 1 to 4 exist.
+    # Five draws in [0, 1) for 4 lesions, of which the first 1 to 4 exist.
     draws = uniform((offset + B, 4, 5), generator, device)[offset:]
-    height, width, y, x, number = draws.unsqueeze(3).unbind(2)                 # (B, 4, 1) each
+    height, width, y, x, number = draws.unsqueeze(3).unbind(2)                 # (B, 4, 1)
     exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
     rows = resize_and_place(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
     columns = resize_and_place(width, x, w, W)                                 # (B, 4, W, w)
@@ -308,7 +308,7 @@ class Decoder(nn.Module):
 # ---- Projection head and spatial-aware prototypes (Fig. 3) ---------------------------------------
 
 class AnatomyHead(nn.Module):
-    """Scores each token against K pseudo-clusters of its position [R]: (B, L, D) -> (B, L, K)."""
+    """Scores tokens against the K pseudo-clusters of its position [R]: (B, L, D) -> (B, L, K)."""
 
     def __init__(self, in_dim, num_patches, out_dim=256, hidden_dim=1024, bottleneck_dim=256):
         super().__init__()
@@ -347,7 +347,7 @@ def gather(x):
 
 
 class SpatialPrototypes(nn.Module):
-    """P, a prototype for each position: the running mean of the teacher's scores there [P; R]."""
+    """P, a prototype per position: the running mean of the teacher's scores there [P; R]."""
 
     def __init__(self, num_patches, out_dim, momentum=0.75):
         super().__init__()
@@ -366,7 +366,7 @@ class SpatialPrototypes(nn.Module):
 
     @torch.no_grad()
     def assignment(self):
-        """C, the soft assignment of each position to the pseudo-clusters: (L, K)."""
+        """C, the soft assignment of positions to the pseudo-clusters: (L, K)."""
         return sinkhorn(self.prototypes)
 
 
@@ -865,7 +865,7 @@ def silhouette(points, cluster):
     cluster = cluster.unique(return_inverse=True)[1]
     member = F.one_hot(cluster).to(points.dtype)                       # (N, clusters)
     size = member.sum(0)
-    distance = torch.cdist(points, points) @ member / size             # mean, to each cluster
+    distance = torch.cdist(points, points) @ member / size             # means by cluster
     own = (distance * member).sum(1) * (size / (size - 1).clamp_min(1))[cluster]
     other = distance.masked_fill(member.bool(), math.inf).amin(1)
     score = (other - own) / torch.maximum(own, other).clamp_min(1e-12)
@@ -1382,8 +1382,8 @@ def read_table(file):
         raise InputError(f"{file} is not a CSV file: {error}") from error
     titles = lines[0][1] if lines else []
     if not {"image", "findings"} <= set(titles) or len(set(titles)) < len(titles):
-        raise InputError(f"{file} needs columns image and findings, with commas, each of them "
-                         f"once: it has {titles}")
+        raise InputError(f"{file} needs columns image and findings, with commas, all of "
+                         f"them once: it has {titles}")
     table = {}
     for number, line in lines[1:]:
         cells = dict(zip(titles, line))
@@ -1544,7 +1544,7 @@ def radiograph(rng, size):
     opacity = labels[:, None, None] * np.stack([nodule, effusion, cardiomegaly])
     masks = air * opacity > 0.05
     # Absorption: bone, and soft tissue where there is no air, denser at the hila
-    ribs = np.cos(38 * (y - draw(0.3, 0.6) * lateral ** 3) + draw(0, 6))    # a wave for each
+    ribs = np.cos(38 * (y - draw(0.3, 0.6) * lateral ** 3) + draw(0, 6))    # a wave per rib
     spine = edge(0.075 - lateral, 2 * blur) * (1 + 0.2 * np.cos(50 * y))    # a wave per vertebra
     clavicles = ellipse(lateral - 0.34, y + 0.5 + 0.2 * lateral, 0.25, 0.035, 0.05)
     bones = 0.1 * chest * edge(ribs - 0.3, 0.4) + body * (0.2 * spine + 0.16 * clavicles)
@@ -1578,7 +1578,7 @@ def phantom_radiographs(size):
 # ---- Figures -------------------------------------------------------------------------------------
 
 def plot_images(file, columns):
-    """A column for each title: {title: (n, S, S)}, in colour where S is smaller than the first."""
+    """A column per title: {title: (n, S, S)}, in colour where S is smaller than the first."""
     n, _, size = next(iter(columns.values())).shape
     figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
     axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
