@@ -1619,8 +1619,7 @@ def main(argv=None):
     """python afire.py pretrain | eval: bad input ends in one sentence and status 2."""
     rank = int(os.environ.get("RANK", 0))
     if hasattr(sys.stdout, "reconfigure"):
-        # File names may have any bytes; a closed pipe (`| head`) must not stop eval before its end.
-        sys.stdout.reconfigure(errors="backslashreplace", write_through=False)
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have any bytes
     try:
         if rank >= int(os.environ.get("WORLD_SIZE", 1)):
             raise InputError(f"RANK is {rank} without a larger WORLD_SIZE: use torchrun")

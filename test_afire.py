@@ -1086,7 +1086,7 @@ def read_scores(folder):
 def evaluation(run):
     """The folder of an eval with fine-tuning, of which `head` takes but one line."""
     done = shell(f"{COMMAND} eval --ckpt {run} --device cpu --finetune 2 | head -n 1",
-                 env={**os.environ, "PYTHONUNBUFFERED": "1"})
+                 env={**os.environ, "PYTHONUNBUFFERED": ""})
     files = {file.name for file in run.glob("eval/*")}
     assert files == {"metrics.json", "predictions.npz", "scores.csv", "anomaly.png"}, done.stderr
     return run / "eval"
