@@ -308,7 +308,7 @@ class Decoder(nn.Module):
 # ---- Projection head and spatial-aware prototypes (Fig. 3) ---------------------------------------
 
 class AnatomyHead(nn.Module):
-    """Scores tokens against the K pseudo-clusters of its position [R]: (B, L, D) -> (B, L, K)."""
+    """Scores tokens against K pseudo-clusters of their position [R]: (B, L, D) -> (B, L, K)."""
 
     def __init__(self, in_dim, num_patches, out_dim=256, hidden_dim=1024, bottleneck_dim=256):
         super().__init__()
@@ -965,7 +965,8 @@ def maps_of(images, rows, device, encoder, afire=None, normals=()):
     Prototypes are then the mean over normals, alike for a trained and an untrained network, and
     restoration errors are standardised by position with those of normals [D].
     """
-    tokens = prototypes = None
+    tokens = None
+    prototypes = None
     if len(normals):
         tokens = in_batches(lambda x: features(encoder, x), images, normals, device)   # (N, L, D)
         if afire:                                          # in parts, as the head is wide

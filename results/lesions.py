@@ -18,14 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
 
 
-def score_run(folder):
-    """-> the arrays of predictions.npz, of 2 T images: T films, then the same with lesions."""
-    models, run = afire.load_models(folder / "checkpoint.pth")
+def load_run(folder):
+    """-> models as of afire.load_models, options, Radiographs without tests on trained images."""
+    models, run = afire.load_models(folder)
     if run is None:
         raise afire.InputError(f"{folder} is not the folder of a run of afire.py")
     data = afire.load_radiographs(run.data, run.img_size, labels=run.labels, levels=run.levels)
-    seen = afire.trained_images(Path(folder) / "checkpoint.pth")
-    data.test = data.test[~np.isin(data.hashes, seen)[data.test]]
+    seen = np.isin(data.hashes, afire.trained_images(folder))                  # (n,)
+    data.test = data.test[~seen[data.test]]
+    return models, run, data
+
+
+def score_run(folder):
+    """-> the arrays of predictions.npz, of 2 T images: T films, then the same with lesions."""
+    models, _, data = load_run(folder)
     normal = ~data.labels.any(1)
     test = data.test[normal[data.test]]                                        # (T,)
     normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]

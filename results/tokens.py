@@ -18,17 +18,13 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
+from lesions import load_run  # noqa: E402
 
 
 @torch.no_grad()
 def plot_tokens(file, folder):
     """Writes the figure: a column for the untrained encoder, one for the trained."""
-    models, run = afire.load_models(Path(folder) / "checkpoint.pth")
-    if run is None:
-        raise afire.InputError(f"{folder} is not the folder of a run of afire.py")
-    data = afire.load_radiographs(run.data, run.img_size, labels=run.labels, levels=run.levels)
-    seen = afire.trained_images(Path(folder) / "checkpoint.pth")
-    data.test = data.test[~np.isin(data.hashes, seen)[data.test]]
+    models, run, data = load_run(folder)
     films = data.test[~data.labels[data.test].any(1)][:24]
     x = torch.from_numpy(data.images[films]) / 255
     lesioned, mask = afire.synthetic_lesion_mask(x, torch.Generator().manual_seed(0))
