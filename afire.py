@@ -935,74 +935,76 @@ def restoration_error(afire, images):
 
 
 @torch.no_grad()
-def anomaly_maps(images, encoder, afire=None, prototypes=None, normals=None):
-    """How abnormal each token looks, from normal images alone [D]: -> {score: (B, L)}.
+def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
+    """How abnormal each token of images[rows] looks [D]: -> {score: (T, side, side)}, T rows.
 
     prototype    1 - cosine between the token's scores and the prototype, as in L_cate
     restoration  error of the token's pixels when it is restored from the other tokens
     neighbours   mean distance to the 5 nearest normal tokens of the position
 
-    images (B, 1, S, S) in [0, 1]; afire: the whole model, for the first two scores; prototypes
-    (L, K), if not its own; normals (N, L, D): features of normal images, for the third.
+    images (n, 1, S, S) uint8; afire: the whole model, for the first two scores; normals: rows of
+    normal images. These give the third score, the prototypes (their mean, so that an untrained
+    network has prototypes too), and the scale of restoration errors at each position.
     """
-    maps = {}
-    tokens = features(encoder, images)                                         # (B, L, D)
-    if afire is not None:
-        prototypes = afire.prototypes.prototypes if prototypes is None else prototypes
-        scores = afire.teacher["head"](tokens)                                 # (B, L, K)
-        maps["prototype"] = 1 - F.cosine_similarity(scores, prototypes, dim=2)
-        maps["restoration"] = restoration_error(afire, images)
-    if normals is not None:
-        distance = torch.cdist(tokens.transpose(0, 1), normals.transpose(0, 1))    # (L, B, N)
-        nearest = distance.topk(min(5, len(normals)), largest=False).values
-        maps["neighbours"] = nearest.mean(2).T
-    return maps
+    def embed(x):
+        return features(encoder, x)                                            # (B, L, D)
 
+    def logits(x):
+        return afire.teacher["head"](embed(x))                                 # (B, L, K)
 
-def maps_of(images, rows, device, encoder, afire=None, normals=()):
-    """anomaly_maps of images[rows], compared with images[normals]: -> {score: (rows, L)}.
+    def error(x):
+        return restoration_error(afire, x)                                     # (B, L)
 
-    Prototypes are then the mean over normals, alike for a trained and an untrained network, and
-    restoration errors are standardised by position with those of normals [D].
-    """
-    tokens = None
-    prototypes = None
-    if len(normals):
-        tokens = in_batches(lambda x: features(encoder, x), images, normals, device)   # (N, L, D)
-        if afire:                                          # in parts, as the head is wide
-            logits = [afire.teacher["head"](part) for part in tokens.split(64)]
-            prototypes = torch.cat(logits).mean(0)         # (L, K)
-    batches = [anomaly_maps(to_device(images[batch], device) / 255, encoder, afire, prototypes,
-                            tokens) for batch in np.array_split(rows, 1 + len(rows) // 64)]
-    maps = {score: torch.cat([batch[score] for batch in batches]).cpu().numpy()
-            for score in batches[0]}
+    def prototype(x):
+        return 1 - F.cosine_similarity(logits(x), prototypes, dim=2)
+
+    def restoration(x):
+        return (error(x) - error_mean) / error_std
+
+    def neighbours(x):
+        distance = torch.cdist(embed(x).transpose(0, 1), references)           # (L, B, N)
+        return distance.topk(min(5, len(normals)), largest=False).values.mean(2).T
+
+    scores = {}
+    if afire:
+        scores = {"prototype": prototype, "restoration": restoration}
+        prototypes = afire.prototypes.prototypes                               # (L, K)
+        error_mean = 0.0
+        error_std = 1.0
     if afire and len(normals):
-        error = in_batches(lambda x: restoration_error(afire, x), images, normals, device)
-        error = error.cpu().numpy()                                            # (N, L)
-        maps["restoration"] = (maps["restoration"] - error.mean(0)) / (error.std(0) + 1e-6)
-    return maps
+        prototypes = in_batches(logits, images, normals, device).mean(0)
+        errors = in_batches(error, images, normals, device)                    # (N, L)
+        error_mean = errors.mean(0)
+        error_std = errors.std(0, correction=0) + 1e-6
+    if len(normals):
+        scores["neighbours"] = neighbours
+        references = in_batches(embed, images, normals, device).transpose(0, 1)    # (L, N, D)
+    maps = {name: in_batches(score, images, rows, device) for name, score in scores.items()}
+    return {name: unpatchify(tokens.unsqueeze(2), 1).squeeze(1).cpu().numpy()
+            for name, tokens in maps.items()}
 
 
 def image_scores(maps):
-    """An image's score is the mean of its highest quarter of tokens: (T, L) -> (T,)."""
-    return np.sort(maps)[:, -max(1, maps.shape[1] // 4):].mean(1)
+    """An image's score is the mean of its highest quarter of tokens: (T, side, side) -> (T,)."""
+    tokens = np.sort(maps.reshape(len(maps), -1))                              # (T, L)
+    return tokens[:, -max(1, tokens.shape[1] // 4):].mean(1)
 
 
 def evaluate_maps(maps, abnormal, masks, patients):
     """Detection of abnormal images, and of pixels on a grid of about 56 x 56.
 
-    maps {score: (T, L)}, abnormal (T,) bool, masks (T, S, S) bool, patients (T,).
+    maps {score: (T, side, side)}, abnormal (T,) bool, masks (T, S, S) bool, patients (T,).
     """
     step = max(1, masks.shape[1] // 56)
     truth = masks[:, step // 2::step, step // 2::step]                         # (T, 56, 56)
     report = {}
-    for name, tokens in maps.items():
-        scores = image_scores(tokens)
+    for name, grids in maps.items():
+        scores = image_scores(grids)
         image = detection(scores, abnormal)
         _, ci95 = mean_auroc(scores[None, :, None], abnormal[:, None], patients)
-        grid = unpatchify(torch.from_numpy(tokens).unsqueeze(2), 1)
-        grid = F.interpolate(grid, truth.shape[1:], mode="bilinear")           # (T, 1, 56, 56)
-        pixel = detection(grid.numpy().ravel(), truth.ravel())
+        grids = torch.from_numpy(grids).unsqueeze(1)
+        grids = F.interpolate(grids, truth.shape[1:], mode="bilinear")         # (T, 1, 56, 56)
+        pixel = detection(grids.numpy().ravel(), truth.ravel())
         report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"], "image_ci95": ci95,
                         "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
                         "dice": pixel["dice"]}
@@ -1074,7 +1076,7 @@ def evaluate_network(encoder, afire, data, normals, steps, device):
             arrays[f"{protocol} {share}"] = scores
 
     # Anomalies, by comparison with normal images.
-    maps = maps_of(data.images, data.test, device, encoder, afire, normals)    # {score: (T, L)}
+    maps = anomaly_maps(data.images, data.test, device, encoder, afire, normals)
     report["anomaly"] = evaluate_maps(maps, truth.any(1), data.masks[data.test], patients)
 
     # Cohesion [P: Fig. 5]: do the tokens of a position lie together across patients?
@@ -1148,11 +1150,11 @@ def evaluate(options):
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
     elif afire:
         data.test = np.arange(len(data.names))
-        maps = maps_of(data.images, data.test, device, encoder, afire)
+        maps = anomaly_maps(data.images, data.test, device, encoder, afire)
     else:
         raise InputError(f"without findings, eval needs a run at its own image size: {path} is an "
                          "encoder alone, so give --labels")
-    scores = np.stack([image_scores(tokens) for tokens in maps.values()], 1)   # (T, scores)
+    scores = np.stack([image_scores(grids) for grids in maps.values()], 1)   # (T, scores)
     order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
     with open(out / "scores.csv", "w", newline="", encoding="utf-8",
               errors="surrogateescape") as stream:
@@ -1162,8 +1164,8 @@ def evaluate(options):
             findings = "|".join(np.array(data.findings)[data.labels[row]])
             known = "yes" if seen[row] else "no"
             writer.writerow([data.names[row], findings, known, *values.round(4)])
-    plot_maps(out / "anomaly.png", data.images[data.test[order[:5]], 0],
-              {score: tokens[order[:5]] for score, tokens in maps.items()})
+    plot_images(out / "anomaly.png", {"image": data.images[data.test[order[:5]], 0],
+                                      **{name: grids[order[:5]] for name, grids in maps.items()}})
     if data.findings:
         print_table(report)
     if not afire:
@@ -1447,10 +1449,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     """Radiographs of a folder, with labels of a CSV or of class folders; without both, phantoms."""
     if not data and not labels:
         return phantom_radiographs(img_size)
-    if not data:
-        raise InputError("--labels needs --data, the folder that its paths start from")
-    if not Path(data).is_dir():
-        raise InputError(f"--data {data} is not a folder: name the one that the images are in")
+    if not data or not Path(data).is_dir():
+        raise InputError(f"--data {data} is not a folder: name the one that the images are in, "
+                         "where the paths of --labels start")
     files, skipped = find_files(data)
     if labels:
         rows = read_table(labels)
@@ -1493,9 +1494,8 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     if unknown:
         print(f"patients unknown: {unknown} images count as {unknown} people; name them with "
               "--labels")
-    else:
-        print(f"{len(names)} images of {len(set(patients))} patients, by {labels}")
-    print(f"{(~test).sum()} images to train on, {test.sum()} held out")
+    print(f"{(~test).sum()} images to train on, {test.sum()} held out, of {len(set(patients))} "
+          "patients in all")
     return Radiographs(names, images, truth, findings, patients, list(first), np.flatnonzero(~test),
                        np.flatnonzero(test), np.zeros((len(names), 1, 1), bool))
 
@@ -1590,13 +1590,6 @@ def plot_images(file, columns):
             axis.imshow(image, "magma" if is_map else "gray", vmin=images.min(), vmax=images.max(),
                         interpolation="bilinear" if is_map else None)
     figure.savefig(file, dpi=100)
-
-
-def plot_maps(file, images, maps):
-    """Images (n, S, S) beside their maps {score: (n, L)}."""
-    grids = {score: unpatchify(torch.from_numpy(tokens).unsqueeze(2), 1)[:, 0].numpy()
-             for score, tokens in maps.items()}
-    plot_images(file, {"image": images, **grids})
 
 
 @torch.no_grad()

@@ -590,7 +590,7 @@ def test_what_is_typed_overrides_the_preset_and_paper_is_the_release_s_recipe():
 
 
 def test_training_steps_equal_the_recipe_written_out():
-    """SPEC section 5: schedules, AdamW, clipping, freezing, prototypes, teacher."""
+    """The recipe [R]: schedules, AdamW, clipping, freezing, prototypes, teacher."""
     trainer, inputs = recording_trainer("--epochs 4 --batch-size 6 --keep 0.5 --lr 0.3 "
                                         "--restoration-weight 40 --seed 3")
     trainer.options.warmup_epochs = 1
@@ -999,52 +999,57 @@ def test_scores_equal_their_oracles_and_are_high_where_an_image_is_odd():
     encoder = model.teacher["encoder"]
     mean = afire.normalise(images[:100].mean(0, keepdim=True))
     model.decoder.forward = lambda tokens, abnormal: mean.expand(len(tokens), -1, -1, -1)
-    normals = afire.features(encoder, images[:100])                    # (N, L, D)
-    prototypes = model.teacher["head"](normals).mean(0)
     odd = images[100:].clone()
-    odd[:, :, 8:16, 16:24] = (torch.rand(60, 1, 8, 8, generator=seeded()) > 0.5).float()  # token 6
-    before = afire.anomaly_maps(images[100:], encoder, model, prototypes, normals)
-    after = afire.anomaly_maps(odd, encoder, model, prototypes, normals)
-    for score in "prototype", "restoration", "neighbours":
-        assert (after[score][:, 6] > before[score][:, 6]).float().mean() > 0.7
-        of_images = [afire.image_scores(maps[score].numpy()) for maps in (before, after)]
-        assert (of_images[1] > of_images[0]).mean() > 0.7, score
-    tokens = afire.features(encoder, odd)
+    odd[:, :, 8:16, 16:24] = (torch.rand(60, 1, 8, 8, generator=seeded()) > 0.5).float()
+    pixels = (255 * torch.cat([images, odd])).byte().numpy()
+    rows = np.arange(100, 220)
+    maps = afire.anomaly_maps(pixels, rows, CPU, encoder, model, np.arange(100))
+    for name, grids in maps.items():
+        assert (grids[60:, 1, 2] > grids[:60, 1, 2]).mean() > 0.7, name
+        scores = afire.image_scores(grids)
+        assert (scores[60:] > scores[:60]).mean() > 0.7, name
+    images = torch.from_numpy(pixels) / 255
+    tokens = afire.features(encoder, images)                           # (220, L, D)
     for j in range(16):
-        tree = sklearn.neighbors.NearestNeighbors(n_neighbors=5).fit(normals[:, j])
-        distance = tree.kneighbors(tokens[:, j])[0].mean(1)
-        np.testing.assert_allclose(after["neighbours"][:, j], distance, rtol=1e-3)
-    logits = model.teacher["head"](tokens)
-    cosine = (logits * prototypes).sum(2) / logits.norm(dim=2) / prototypes.norm(dim=1)
-    assert_close(after["prototype"], 1 - cosine)
-    # Without normal images, prototypes are the model's; an encoder alone has neighbours alone.
-    model.prototypes.prototypes.copy_(prototypes)
-    own = afire.anomaly_maps(odd, encoder, model)
-    assert equal(own, {score: after[score] for score in ("prototype", "restoration")})
-    assert set(afire.anomaly_maps(odd, encoder, normals=normals)) == {"neighbours"}
-    # With them, restoration is standardised by the errors of normal images at the position.
-    pixels = (255 * images).byte().numpy()
-    maps = afire.maps_of(pixels, np.arange(100, 160), CPU, encoder, model, np.arange(100))
-    error = afire.restoration_error(model, torch.from_numpy(pixels) / 255).numpy()
+        tree = sklearn.neighbors.NearestNeighbors(n_neighbors=5).fit(tokens[:100, j])
+        distance = tree.kneighbors(tokens[100:, j])[0].mean(1)
+        np.testing.assert_allclose(maps["neighbours"][:, j // 4, j % 4], distance, rtol=1e-3)
+
+    def by_prototype(prototypes):
+        logits = model.teacher["head"](tokens[100:])
+        cosine = (logits * prototypes).sum(2) / logits.norm(dim=2) / prototypes.norm(dim=1)
+        return (1 - cosine).view(-1, 4, 4)
+
+    assert_close(torch.from_numpy(maps["prototype"]),
+                 by_prototype(model.teacher["head"](tokens[:100]).mean(0)))
+    error = afire.restoration_error(model, images).view(-1, 4, 4).numpy()
     expected = (error[100:] - error[:100].mean(0)) / error[:100].std(0)
     np.testing.assert_allclose(maps["restoration"], expected, rtol=1e-2, atol=1e-2)
+    # Without normal images, the prototypes are the model's, and errors are as they are.
+    model.prototypes.prototypes.normal_()
+    own = afire.anomaly_maps(pixels, rows, CPU, encoder, model)
+    assert set(own) == {"prototype", "restoration"}
+    assert_close(torch.from_numpy(own["prototype"]), by_prototype(model.prototypes.prototypes))
+    np.testing.assert_allclose(own["restoration"], error[100:], rtol=1e-4, atol=1e-6)
+    alone = afire.anomaly_maps(pixels, rows, CPU, encoder, normals=np.arange(100))
+    assert list(alone) == ["neighbours"]
 
 
 @pytest.mark.parametrize("size", [8, 224])
 def test_metrics_of_maps_are_scikit_learns(size):
     abnormal = np.arange(12) % 3 == 2
-    maps = np.random.default_rng(0).random((12, 16)).astype(np.float32)
-    maps[abnormal, 5] += 0.5
+    maps = np.random.default_rng(0).random((12, 4, 4)).astype(np.float32)
+    maps[abnormal, 1, 1] += 0.5
     maps[11] += 1
     masks = np.zeros((12, size, size), bool)
     masks[abnormal, size // 4:size // 2, size // 4:size // 2] = True
     report = afire.evaluate_maps({"score": maps}, abnormal, masks, np.arange(12))["score"]
-    scores = np.sort(maps)[:, -4:].mean(1)                             # the highest quarter
+    scores = np.sort(maps.reshape(12, 16))[:, -4:].mean(1)             # the highest quarter
     area = sklearn.metrics.roc_auc_score(abnormal, scores)
     assert report["image_auroc"] == pytest.approx(area)
     low, high = report["image_ci95"]
     assert 0 <= low <= area <= high <= 1
-    large = np.stack([cv2.resize(tokens.reshape(4, 4), (size, size)) for tokens in maps])
+    large = np.stack([cv2.resize(grid, (size, size)) for grid in maps])
     truth = masks.ravel()
     for figure, oracle in (("pixel_auroc", sklearn.metrics.roc_auc_score),
                            ("pixel_ap", sklearn.metrics.average_precision_score)):
@@ -1071,7 +1076,7 @@ def test_what_is_tested_on_is_not_learned_from():
     data = small_set(80)
     encoder = tiny_model().teacher["encoder"].eval().requires_grad_(False)
     before = afire.evaluate_network(encoder, None, data, data.train[:9], 2, CPU)[1]
-    assert before["finetune 10%"].shape == (5, 40, 1) and before["neighbours"].shape == (40, 16)
+    assert before["finetune 10%"].shape == (5, 40, 1) and before["neighbours"].shape == (40, 4, 4)
     data.labels[data.test] = np.random.default_rng(0).random((40, 1)) < 0.5
     after = afire.evaluate_network(encoder, None, data, data.train[:9], 2, CPU)[1]
     assert_close(after, before, equal_nan=True)
@@ -1111,7 +1116,8 @@ def test_eval_writes_what_others_rely_on(evaluation):
             assert low <= figures["macro_auroc"] <= high
         assert set(network["anomaly"]) == {"restoration", "prototype", "neighbours"}
         for score, figures in network["anomaly"].items():
-            scores = np.sort(arrays[f"{name}/{score}"])[:, -4:].mean(1)
+            tokens = arrays[f"{name}/{score}"].reshape(24, 16)
+            scores = np.sort(tokens)[:, -4:].mean(1)
             assert figures["image_auroc"] == pytest.approx(afire.auroc(scores, labels.any(1)))
             assert set(figures) == {"image_auroc", "image_ap", "image_ci95", "pixel_auroc",
                                     "pixel_ap", "dice"}
@@ -2041,16 +2047,18 @@ def test_grad_cam_is_the_gradient_by_differences_times_the_activation():
     steps = F.pad(1e-4 * torch.eye(16 * 32).double().view(-1, 16, 32), (0, 0, 1, 0))
     ends = [encoder.norm(outputs[0] + d * steps)[:, 1:].mean(1) @ weight for d in (1, -1)]
     slope = ((ends[0] - ends[1]) / 2e-4).view(16, 32)
-    assert_close(cam[0], outputs[0][1:] @ slope.mean(0), rtol=1e-5, atol=1e-8)
+    expected = outputs[0][1:] @ slope.mean(0)
+    assert_close(cam[0], expected.view(4, 4), rtol=1e-5, atol=1e-8)
 
 
 def test_localisation_is_perfect_or_scikit_learns_with_an_interval_of_patients():
     masks = np.random.default_rng(0).random((8, 6, 6)) < 0.3
-    report = boxes.localisation(masks.reshape(8, 36) * 1.0, masks, np.arange(8))
+    report = boxes.localisation(masks * 1.0, masks, np.arange(8))
     assert report == dict.fromkeys(["AUROC", "Dice", "pointing"], {"mean": 1, "ci95": [1, 1]})
     scores = np.random.default_rng(1).random((8, 36))
     areas = [sklearn.metrics.roc_auc_score(mask.ravel(), s) for s, mask in zip(scores, masks)]
-    report = boxes.localisation(scores, masks, np.array(list("aaaaaabb")))["AUROC"]
+    grids = scores.reshape(8, 6, 6)
+    report = boxes.localisation(grids, masks, np.array(list("aaaaaabb")))["AUROC"]
     ends = sorted([np.mean(areas[:6]), np.mean(areas[6:])])            # one patient, drawn twice
     assert [report["mean"], *report["ci95"]] == pytest.approx([np.mean(areas), *ends])
 
@@ -2064,13 +2072,13 @@ def test_tables_are_scikit_learns_and_pair_runs_and_patients(tmp_path, capsys, m
     pixel = []
     for run in range(4):
         draws = (random.random((5, 60, 2)) + labels / 3).round(1)
-        maps = random.random((60, 16)) + labels[:, :1] / 9
+        maps = random.random((60, 4, 4)) + labels[:, :1, None] / 9
         Path(str(run)).mkdir()
         np.savez(f"{run}/predictions.npz", patients=np.arange(60) // 2, findings=["a", "b"],
                  images=np.arange(60) + run // 3, labels=labels, masks=masks,
                  **{"checkpoint/linear 1%": draws, "random_init/prototype": maps})
         probe.append(np.mean([sklearn.metrics.roc_auc_score(labels, draw) for draw in draws]))
-        grid = F.interpolate(torch.from_numpy(maps).view(60, 1, 4, 4), (8, 8), mode="bilinear")
+        grid = F.interpolate(torch.from_numpy(maps).unsqueeze(1), (8, 8), mode="bilinear")
         pixel.append(sklearn.metrics.roc_auc_score(masks.ravel(), grid.ravel()))
     tables.main(["A=0,1", "B=0,2"])
     lines = capsys.readouterr().out.splitlines()

@@ -62,7 +62,7 @@ def read_boxes(file, data, folder):
 
 
 def grad_cam(encoder, weight, images):
-    """Token-wise Grad-CAM on the last block [P], not yet clamped: (B, 1, S, S) -> (B, L).
+    """Token-wise Grad-CAM on the last block [P], not yet clamped: (B, 1, S, S) -> (B, side, side).
 
     It explains the score mean token @ weight, weight (D,).
     """
@@ -75,11 +75,12 @@ def grad_cam(encoder, weight, images):
         scores = afire.features(encoder, images).mean(1) @ weight              # (B,)
         gradient = torch.autograd.grad(scores.sum(), outputs)[0][:, 1:]        # (B, L, D)
     activation = outputs[0][:, 1:].detach()                                    # (B, L, D)
-    return (activation * gradient.mean(1, keepdim=True)).sum(2)
+    cam = (activation * gradient.mean(1, keepdim=True)).sum(2, keepdim=True)   # (B, L, 1)
+    return afire.unpatchify(cam, 1).squeeze(1)
 
 
 def maps_of_network(encoder, whole, data, normals, rows, device, steps=100):
-    """All maps of images[rows]: -> {score: (rows, L)}. Grad-CAM learns from data.train."""
+    """All maps of images[rows]: -> {score: (T, side, side)}. Grad-CAM learns from data.train."""
     def cams_of(network, weight):
         def in_batches(part):
             return afire.in_batches(lambda images: grad_cam(network, weight, images),
@@ -88,7 +89,7 @@ def maps_of_network(encoder, whole, data, normals, rows, device, steps=100):
         # Tokens differ more by position than by finding: the normal images' mean is subtracted [D].
         return (in_batches(rows) - in_batches(normals).mean(0)).clamp_min(0).cpu().numpy()
 
-    maps = afire.maps_of(data.images, rows, device, encoder, whole, normals)
+    maps = afire.anomaly_maps(data.images, rows, device, encoder, whole, normals)
     x = afire.in_batches(lambda images: afire.features(encoder, images).mean(1), data.images,
                          data.train, device).cpu()
     any_finding = dataclasses.replace(data, labels=data.labels.any(1, keepdims=True),
@@ -100,14 +101,14 @@ def maps_of_network(encoder, whole, data, normals, rows, device, steps=100):
     return maps
 
 
-def localisation(tokens, masks, patients, resamples=1000):
-    """How well a map (T, L) locates masks (T, S, S) bool: -> {measure: mean and interval}.
+def localisation(grids, masks, patients, resamples=1000):
+    """How well maps (T, side, side) locate masks (T, S, S): -> {measure: mean and interval}.
 
     AUROC over the pixels of an image, Dice at the image's best threshold, and the pointing game:
     is the maximum in a box? Means over images; the bootstrap is over patients (T,).
     """
-    grid = afire.unpatchify(torch.from_numpy(tokens).unsqueeze(2), 1)          # (T, 1, side, side)
-    maps = F.interpolate(grid, masks.shape[1:], mode="bilinear").numpy()       # (T, 1, S, S)
+    grids = torch.from_numpy(grids).unsqueeze(1)                               # (T, 1, side, side)
+    maps = F.interpolate(grids, masks.shape[1:], mode="bilinear").numpy()      # (T, 1, S, S)
     pixels = [afire.detection(scores.ravel(), mask.ravel()) for scores, mask in zip(maps, masks)]
     values = {"AUROC": [image["auroc"] for image in pixels],
               "Dice": [image["dice"] for image in pixels],
@@ -124,9 +125,9 @@ def localisation(tokens, masks, patients, resamples=1000):
 
 
 def plot_boxes(file, images, masks, maps):
-    """Images (n, S, S) with masks (n, S, S) outlined in white, beside maps {score: (n, L)}."""
+    """Images (n, S, S) with masks (n, S, S) outlined in white, beside their maps."""
     outside = F.max_pool2d(torch.from_numpy(~masks).float(), 3, stride=1, padding=1).numpy() > 0
-    afire.plot_maps(file, np.where(masks & outside, 255, images), maps)
+    afire.plot_images(file, {"image": np.where(masks & outside, 255, images), **maps})
     Image.open(file).convert("RGB").save(file)
 
 
@@ -162,14 +163,14 @@ def evaluate(options):
         (whole or encoder).to(device).eval().requires_grad_(False)
         maps = maps_of_network(encoder, whole, data, normals, data.test, device)
         report[name] = {}
-        for score, tokens in maps.items():
-            report[name][score] = localisation(tokens, truth, patients[data.test])
+        for score, grids in maps.items():
+            report[name][score] = localisation(grids, truth, patients[data.test])
             cells = ["{:.3f} ({:.3f} to {:.3f})  ".format(figures["mean"], *figures["ci95"])
                      for figures in report[name][score].values()]
             print(f"{score:17}{name:14}{''.join(cells)}")
         if name == "checkpoint":
             plot_boxes(out / "boxes.png", data.images[data.test[:5], 0], truth[:5],
-                       {score: tokens[:5] for score, tokens in maps.items()})
+                       {score: grids[:5] for score, grids in maps.items()})
     (out / "boxes.json").write_text(json.dumps(report, indent=2))
     print(f"in {out}: boxes.json, boxes.png")
 

@@ -48,8 +48,8 @@ def score_run(folder):
     device = afire.find_device("auto")
     for name, (encoder, whole) in models.items():
         whole.to(device).eval().requires_grad_(False)
-        maps = afire.maps_of(images, rows, device, encoder, whole, np.arange(n))
-        arrays |= {f"{name}/{score}": tokens for score, tokens in maps.items()}
+        maps = afire.anomaly_maps(images, rows, device, encoder, whole, np.arange(n))
+        arrays |= {f"{name}/{score}": grids for score, grids in maps.items()}
     return arrays
 
 

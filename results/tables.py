@@ -101,13 +101,13 @@ def columns_of(run, network, draws):
         if scores is None or scores.ndim == 0:
             areas[key] = np.full(len(draws), np.nan)
             areas[key][0] = np.nan if scores is None else scores               # no bootstrap
-        elif scores.ndim == 3:                                                 # (draws, T, F)
+        elif "%" in key:                                                       # (draws, T, F)
             by_finding = [[auroc(draw[:, f], labels[:, f], draws) for f in range(labels.shape[1])]
                           for draw in scores]
             areas[key] = afire.nan_mean(afire.nan_mean(by_finding, 0), 0)
-        else:                                                                  # (T, L)
+        else:                                                                  # (T, side, side)
             areas[key] = auroc(afire.image_scores(scores), abnormal, draws)
-            pixels.append(afire.unpatchify(torch.from_numpy(scores).unsqueeze(2), 1))
+            pixels.append(torch.from_numpy(scores).unsqueeze(1))
     if "masks" in run and pixels:                          # as afire.evaluate_maps does it
         masks = run["masks"]
         step = max(1, masks.shape[1] // 56)
