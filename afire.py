@@ -551,8 +551,8 @@ class PretrainOptions(DataOptions):
 
 PRESETS = {
     "paper": {},
-    "small": dict(arch="vit_micro", img_size=64, patch_size=8, levels="equal", keep=0.25,
-                  epochs=60, batch_size=32, lr=8e-3, warmup_epochs=3, teacher_momentum=0.99),
+    "small": dict(arch="vit_micro", img_size=64, patch_size=8, levels="equal", epochs=38,
+                  batch_size=32, lr=8e-3, warmup_epochs=3, teacher_momentum=0.99),
     "phantoms": dict(arch="vit_micro", img_size=64, patch_size=8, epochs=18, batch_size=16,
                      lr=16e-3, structure_weight=0.2, category_weight=0.2, warmup_epochs=2,
                      teacher_momentum=0.97)}

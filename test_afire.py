@@ -512,7 +512,7 @@ def shell(command, **options):
 def pretraining(data, out):
     """A small pre-training as a command."""
     return (f"pretrain --data {data} --out {out} --preset small --img-size 32 --epochs 5 "
-            "--batch-size 8 --device cpu").split()
+            "--batch-size 8 --keep 0.25 --device cpu").split()
 
 
 def write_images(folder, images, names):
@@ -1988,8 +1988,9 @@ def test_other_methods_pretrain_and_boxes_are_of_people_who_are_new(tmp_path, mo
         for i in range(80)])
     table(tmp_path / "boxes.csv", *[f"{i}.png,a,8,{i % 7},9,9" for i in range(0, 80, 6)],
           header="image,finding,x,y,w,h")
-    options = "--data . --labels labels.csv --out run --preset small --img-size 32 --batch-size 4"
-    done = shell(f"{sys.executable} {ROOT}/results/{script} pretrain --epochs 1 {options}")
+    options = ("--data . --labels labels.csv --out run --preset small --img-size 32 "
+               "--batch-size 4 --epochs 1 --keep 0.5")
+    done = shell(f"{sys.executable} {ROOT}/results/{script} pretrain {options}")
     assert done.returncode == 0, done.stderr
     epoch = load_run(tmp_path / "run")[1][0]
     assert epoch["category"] == 0 and epoch["restoration"] > 0

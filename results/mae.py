@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pre-trains a masked autoencoder (He et al., CVPR 2022) on the same encoder, decoder and images.
 
-    python results/mae.py pretrain --keep 0.25 --epochs 110 --out runs/mae ...
+    python results/mae.py pretrain --keep 0.25 --epochs 103 --out runs/mae ...
 
 The options are those of afire.py, in one process; --keep is the fraction of the tokens that the
 encoder sees. The optimiser, its schedules and the moving average are AFiRe's too. The head is not
