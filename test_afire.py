@@ -1511,7 +1511,7 @@ def test_without_a_split_a_fixed_fifth_of_the_patients_is_held_out(tmp_path, cap
         assert not set(patients[data.train]) & set(patients[data.test])
         assert 8 <= len(data.test) <= 24 and len(findings_of(data)) == 80
         assert names(load(folder, source), data.test) == names(data, data.test)
-    assert_printed(capsys, "patients unknown: 80 images", "80 images of 40 patients")
+    assert_printed(capsys, "patients unknown: 80 images", "of 40 patients")
 
 
 @pytest.mark.parametrize("lines, header, message", [
