@@ -934,7 +934,6 @@ def restoration_error(afire, images):
     return error
 
 
-@torch.no_grad()
 def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
     """How abnormal each token of images[rows] looks [D]: -> {score: (T, side, side)}, T rows.
 
@@ -943,8 +942,8 @@ def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
     neighbours   mean distance to the 5 nearest normal tokens of the position
 
     images (n, 1, S, S) uint8; afire: the whole model, for the first two scores; normals: rows of
-    normal images. These give the third score, the prototypes (their mean, so that an untrained
-    network has prototypes too), and the scale of restoration errors at each position.
+    normal images, for the third. With them a prototype is the mean of their head outputs, so that
+    an untrained network has prototypes too, and restoration errors are standardised by position.
     """
     def embed(x):
         return features(encoder, x)                                            # (B, L, D)
@@ -958,28 +957,24 @@ def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
     def prototype(x):
         return 1 - F.cosine_similarity(logits(x), prototypes, dim=2)
 
-    def restoration(x):
-        return (error(x) - error_mean) / error_std
-
     def neighbours(x):
         distance = torch.cdist(embed(x).transpose(0, 1), references)           # (L, B, N)
         return distance.topk(min(5, len(normals)), largest=False).values.mean(2).T
 
-    scores = {}
+    maps = {}                                              # each score encodes anew, to be simple
     if afire:
-        scores = {"prototype": prototype, "restoration": restoration}
         prototypes = afire.prototypes.prototypes                               # (L, K)
-        error_mean = 0.0
-        error_std = 1.0
+        if len(normals):
+            prototypes = in_batches(logits, images, normals, device).mean(0)
+        maps["prototype"] = in_batches(prototype, images, rows, device)        # (T, L)
+        maps["restoration"] = in_batches(error, images, rows, device)
     if afire and len(normals):
-        prototypes = in_batches(logits, images, normals, device).mean(0)
         errors = in_batches(error, images, normals, device)                    # (N, L)
-        error_mean = errors.mean(0)
-        error_std = errors.std(0, correction=0) + 1e-6
+        maps["restoration"] -= errors.mean(0)
+        maps["restoration"] /= errors.std(0, correction=0) + 1e-6
     if len(normals):
-        scores["neighbours"] = neighbours
         references = in_batches(embed, images, normals, device).transpose(0, 1)    # (L, N, D)
-    maps = {name: in_batches(score, images, rows, device) for name, score in scores.items()}
+        maps["neighbours"] = in_batches(neighbours, images, rows, device)
     return {name: unpatchify(tokens.unsqueeze(2), 1).squeeze(1).cpu().numpy()
             for name, tokens in maps.items()}
 
@@ -1154,7 +1149,7 @@ def evaluate(options):
     else:
         raise InputError(f"without findings, eval needs a run at its own image size: {path} is an "
                          "encoder alone, so give --labels")
-    scores = np.stack([image_scores(grids) for grids in maps.values()], 1)   # (T, scores)
+    scores = np.stack([image_scores(grids) for grids in maps.values()], 1)     # (T, scores)
     order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
     with open(out / "scores.csv", "w", newline="", encoding="utf-8",
               errors="surrogateescape") as stream:
@@ -1450,8 +1445,8 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     if not data and not labels:
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
-        raise InputError(f"--data {data} is not a folder: name the one that the images are in, "
-                         "where the paths of --labels start")
+        raise InputError("--data must be the folder that holds the images, and in which --labels "
+                         f"names them, not {data}")
     files, skipped = find_files(data)
     if labels:
         rows = read_table(labels)
@@ -1491,11 +1486,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     print(f"findings by {labels or 'class folders'}: {', '.join(findings)}" if findings else
           f"no findings are known: all images count as normal, of the folders {folders[:5]}")
     unknown = sum(patient == name for patient, name in zip(patients, names))
-    if unknown:
-        print(f"patients unknown: {unknown} images count as {unknown} people; name them with "
-              "--labels")
-    print(f"{(~test).sum()} images to train on, {test.sum()} held out, of {len(set(patients))} "
-          "patients in all")
+    print(f"patients unknown: {unknown} images count as {unknown} people; name them with --labels"
+          if unknown else f"{len(names)} images of {len(set(patients))} patients")
+    print(f"{(~test).sum()} images to train on, {test.sum()} held out")
     return Radiographs(names, images, truth, findings, patients, list(first), np.flatnonzero(~test),
                        np.flatnonzero(test), np.zeros((len(names), 1, 1), bool))
 
@@ -1579,7 +1572,7 @@ def phantom_radiographs(size):
 # ---- Figures -------------------------------------------------------------------------------------
 
 def plot_images(file, columns):
-    """A column per title: {title: (n, S, S)}, in colour where S is smaller than the first."""
+    """A column for each title: {title: (n, S, S)}; in colour if S is below the first column's."""
     n, _, size = next(iter(columns.values())).shape
     figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
     axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})

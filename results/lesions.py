@@ -35,13 +35,21 @@ def score_run(folder):
     normal = ~data.labels.any(1)
     test = data.test[normal[data.test]]                                        # (T,)
     normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
-    films = torch.from_numpy(data.images[test]) / 255
-    lesioned, masks = afire.synthetic_lesion_mask(films, torch.Generator().manual_seed(0))
-    lesioned = (255 * lesioned).round().byte().numpy()
-    images = np.concatenate([data.images[normals], data.images[test], lesioned])
+    if min(len(test), len(normals)) < 2:
+        raise afire.InputError(f"{folder} has {len(test)} normal films to test on and "
+                               f"{len(normals)} to compare with: two of each are needed")
+    lesioned = []
+    masks = []
+    for i in range(0, len(test), 64):
+        films = torch.from_numpy(data.images[test[i:i + 64]]) / 255
+        generator = torch.Generator().manual_seed(0)
+        images, mask = afire.synthetic_lesion_mask(films, generator, offset=i)
+        lesioned.append((255 * images).round().byte().numpy())
+        masks.append(mask[:, 0].numpy() > 0)
+    images = np.concatenate([data.images[normals], data.images[test], *lesioned])
+    masks = np.concatenate([np.zeros((len(test), *images.shape[2:]), bool), *masks])
     n = len(normals)
     rows = np.arange(n, len(images))                                           # (2 T,)
-    masks = np.concatenate([np.zeros_like(masks[:, 0], bool), masks[:, 0].numpy() > 0])
     patients = np.tile(np.array(data.patients)[test], 2)
     arrays = {"images": rows, "patients": patients, "findings": np.array(["lesion"]),
               "labels": masks.any((1, 2))[:, None], "masks": masks}
