@@ -934,6 +934,7 @@ def restoration_error(afire, images):
     return error
 
 
+@torch.no_grad()
 def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
     """How abnormal each token of images[rows] looks [D]: -> {score: (T, side, side)}, T rows.
 
@@ -948,35 +949,39 @@ def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
     def embed(x):
         return features(encoder, x)                                            # (B, L, D)
 
-    def logits(x):
-        return afire.teacher["head"](embed(x))                                 # (B, L, K)
-
     def error(x):
         return restoration_error(afire, x)                                     # (B, L)
 
-    def prototype(x):
-        return 1 - F.cosine_similarity(logits(x), prototypes, dim=2)
-
-    def neighbours(x):
-        distance = torch.cdist(embed(x).transpose(0, 1), references)           # (L, B, N)
-        return distance.topk(min(5, len(normals)), largest=False).values.mean(2).T
-
-    maps = {}                                              # each score encodes anew, to be simple
-    if afire:
-        prototypes = afire.prototypes.prototypes                               # (L, K)
+    def score(x):
+        tokens = embed(x)
+        scores = []
+        if afire:
+            logits = afire.teacher["head"](tokens)                             # (B, L, K)
+            scores = [1 - F.cosine_similarity(logits, prototypes, dim=2), error(x)]
         if len(normals):
-            prototypes = in_batches(logits, images, normals, device).mean(0)
-        maps["prototype"] = in_batches(prototype, images, rows, device)        # (T, L)
-        maps["restoration"] = in_batches(error, images, rows, device)
+            distance = torch.cdist(tokens.transpose(0, 1), references.transpose(0, 1))
+            nearest = distance.topk(min(5, len(normals)), largest=False).values    # (L, B, 5)
+            scores.append(nearest.mean(2).T)
+        return torch.stack(scores, 1)                                          # (B, scores, L)
+
+    names = []
+    if afire:
+        names = ["prototype", "restoration"]
+        prototypes = afire.prototypes.prototypes                               # (L, K)
+    if len(normals):
+        names.append("neighbours")
+        references = in_batches(embed, images, normals, device)                # (N, L, D)
+    if afire and len(normals):                             # in parts, as the head is wide
+        logits = [afire.teacher["head"](part) for part in references.split(64)]
+        prototypes = torch.cat(logits).mean(0)
+    maps = in_batches(score, images, rows, device)                             # (T, scores, L)
     if afire and len(normals):
         errors = in_batches(error, images, normals, device)                    # (N, L)
-        maps["restoration"] -= errors.mean(0)
-        maps["restoration"] /= errors.std(0, correction=0) + 1e-6
-    if len(normals):
-        references = in_batches(embed, images, normals, device).transpose(0, 1)    # (L, N, D)
-        maps["neighbours"] = in_batches(neighbours, images, rows, device)
-    return {name: unpatchify(tokens.unsqueeze(2), 1).squeeze(1).cpu().numpy()
-            for name, tokens in maps.items()}
+        maps[:, 1] -= errors.mean(0)
+        maps[:, 1] /= errors.std(0, correction=0) + 1e-6
+    side = math.isqrt(maps.shape[2])
+    grids = maps.unflatten(2, (side, side)).cpu().numpy()
+    return {name: grids[:, i] for i, name in enumerate(names)}
 
 
 def image_scores(maps):
