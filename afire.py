@@ -24,21 +24,25 @@ prototype of that position; (II) synthetic lesions are added, and the normal ima
     C         P after Sinkhorn-Knopp: soft assignment of positions  (L, K), rows sum to 1
     N, A      normal and abnormal tokens: M > 0 anywhere in its patch makes a token abnormal
 
-In docstrings [P] is what the paper says, [R] what the authors' released code does, [D] our choice.
+In docstrings [P] is what the paper says, [R] what the authors' released code does
+(github.com/LYH-hh/AFiRe at commit 660d917; none of it is copied here), [D] our choice.
 """
 
 import argparse
 import collections
 import concurrent.futures
-import copy
 import csv
 import dataclasses
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
+import re
 import sys
+import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -69,21 +73,23 @@ def otsu_threshold(levels):
 
 def largest_region(bright, rounds=12):
     """The largest 8-connected component of an image [D]: (B, H, W) bool -> (B, H, W) bool."""
-    # Pointer jumping: a pixel's label is the index of a pixel, at first its own. Neighbours share
-    # the highest label, so does the pixel it points to, and labels of labels are followed. In the
-    # end a component has one label; the worst maze that was tried, at 1024 px, needs 10 rounds.
+    # Connected components by pointer jumping. A pixel's label is the index of a pixel, at first its
+    # own (as float32, exact below 2^24). In every round (1) neighbours share their highest label,
+    # (2) the pixel that a label names takes it too, (3) labels jump to their label's label, twice.
+    # In the end a component has one label; the worst maze tried, at 1024 px, needs 10 rounds.
     B, H, W = bright.shape
-    pixel = torch.arange(H * W, device=bright.device)
+    pixel = torch.arange(H * W, device=bright.device, dtype=torch.float)
     label = pixel.expand(B, -1)                                                # (B, H * W)
     dark = ~bright.flatten(1)
     for _ in range(rounds):
-        highest = label.masked_fill(dark, 0).view(B, 1, H, W).float()          # exact below 2^24
-        highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1).long()
-        highest = torch.where(dark, pixel, highest)                            # neighbours share
-        label = label.scatter_reduce(1, label, highest, "amax")                # so does its root
-        label = label.gather(1, label)                                         # a label's label
-        label = label.gather(1, label)
-    size = torch.zeros_like(label).scatter_add(1, label, (~dark).long())       # pixels of a label
+        highest = label.masked_fill(dark, 0).view(B, 1, H, W)
+        highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1)
+        highest = torch.where(dark, pixel, highest)                            # (1)
+        label = label.scatter_reduce(1, label.long(), highest, "amax")         # (2)
+        label = label.gather(1, label.long())                                  # (3)
+        label = label.gather(1, label.long())
+    label = label.long()
+    size = torch.zeros_like(pixel).expand(B, -1).scatter_add(1, label, (~dark).float())
     largest = label == size.argmax(1, keepdim=True)
     return bright & largest.view(B, H, W)
 
@@ -115,12 +121,21 @@ def texture_centre(images):
     return enclosing_circle_centre(largest_region(bright))
 
 
-def uniform(shape, generator, device):
-    """Uniform random numbers in [0, 1), copied to the device without blocking the host."""
-    source = generator.device if generator else device
-    pinned = source.type == "cpu" and device.type == "cuda"
-    draws = torch.rand(shape, generator=generator, device=source, pin_memory=pinned)
-    return draws.to(device, non_blocking=pinned)
+def bilinear_weights(size_draw, start_draw, source, length):
+    """Weights that resize source pixels of an axis and place them on one of length pixels.
+
+    size_draw, start_draw (B, 4, 1) in [0, 1): a size of 16 to 128 px (at 224 px), and a start for
+    which the result lies inside. Returns (B, 4, length, source), 0 outside of the result.
+    """
+    smallest = max(1, round(16 * length / 224))
+    largest = max(1, round(128 * length / 224))
+    size = smallest + (size_draw * (largest - smallest + 1)).floor()           # in pixels
+    start = (start_draw * (length - size + 1)).floor()
+    pixel = torch.arange(length, device=size.device) - start                   # (B, 4, length)
+    position = ((pixel + 0.5) * source / size - 0.5).clamp(0, source - 1)      # in the source
+    distance = position.unsqueeze(3) - torch.arange(source, device=size.device)
+    inside = (pixel >= 0) & (pixel < size)
+    return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
 
 
 def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
@@ -130,7 +145,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     Only lesion pixels are clipped at 235 / 255, and none is darkened [D; R: the whole image].
 
     images (B, 1, H, W) in [0, 1]; centre (B, 2) as from texture_centre, computed if not given;
-    offset: index of images[0] in the global batch, for which the generator draws.
+    offset: number of images in the batch before these, of other processes: their draws are skipped.
     Returns lesioned x' and mask M, both shaped like images; x' == x where M == 0.
     """
     B, _, H, W = images.shape
@@ -144,33 +159,25 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     w = max(1, round(60 * W / 224))
     top = (centre[:, 0] - h / 2).round().clamp(0, H - h).long()                # (B,)
     left = (centre[:, 1] - w / 2).round().clamp(0, W - w).long()
-    crops = grey.unfold(1, h, 1).unfold(2, w, 1)               # a view, (B, H-h+1, W-w+1, h, w)
-    texture = crops[torch.arange(B, device=device), top, left]                 # (B, h, w)
+    image = torch.arange(B, device=device).view(B, 1, 1)
+    row = top.view(B, 1, 1) + torch.arange(h, device=device).unsqueeze(1)      # (B, h, 1)
+    column = left.view(B, 1, 1) + torch.arange(w, device=device)               # (B, 1, w)
+    texture = grey[image, row, column]                                         # (B, h, w)
     v = torch.linspace(-1, 1, h, device=device).unsqueeze(1)
     u = torch.linspace(-1, 1, w, device=device)
     window = torch.exp(-(u ** 2 + v ** 2) / 0.5)                               # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
 
-    # Resizing and placing is linear and separable: a lesion is rows @ texture @ columns^T, with a
-    # matrix of bilinear weights for each axis.
-    def resize_and_place(size, start, source, length):
-        """Weights along an axis, from draws of size and start in [0, 1): (B, 4, length, source)."""
-        smallest = max(1, round(16 * length / 224))
-        largest = max(1, round(128 * length / 224))
-        size = smallest + (size * (largest - smallest + 1)).floor()            # in pixels
-        start = (start * (length - size + 1)).floor()
-        pixel = torch.arange(length, device=device) - start                    # (B, 4, length)
-        position = ((pixel + 0.5) * source / size - 0.5).clamp(0, source - 1)  # in the texture
-        distance = position.unsqueeze(3) - torch.arange(source, device=device)
-        inside = (pixel >= 0) & (pixel < size)
-        return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
-
-    # Five draws in [0, 1) for 4 lesions, of which the first 1 to 4 exist.
-    draws = uniform((offset + B, 4, 5), generator, device)[offset:]
-    height, width, y, x, number = draws.unsqueeze(3).unbind(2)                 # (B, 4, 1)
+    # Five random numbers for each of 4 lesions, of which the first 1 to 4 exist.
+    source = generator.device if generator else device
+    draws = torch.rand((offset + B, 4, 5), generator=generator, device=source)[offset:]
+    draws = draws.to(device, non_blocking=True).unsqueeze(3)
+    height, width, y, x, number = draws.unbind(2)                              # (B, 4, 1)
     exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
-    rows = resize_and_place(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
-    columns = resize_and_place(width, x, w, W)                                 # (B, 4, W, w)
+
+    # Resizing and placing is linear and separable: a lesion is rows @ texture @ columns^T.
+    rows = bilinear_weights(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
+    columns = bilinear_weights(width, x, w, W)                                 # (B, 4, W, w)
     with torch.autocast(device.type, enabled=False):
         mask = torch.einsum("bnyi,bij,bnxj->byx", rows, 0.5 * window * texture, columns)
     mask = torch.where(mask < 1 / 255, 0, mask.clamp_max(1)).unsqueeze(1)      # (B, 1, H, W)
@@ -271,18 +278,14 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, x, visible=None):
-        """visible (B, V) long: sorted positions, the only ones to encode -> (B, 1 + V, D)."""
+    def forward(self, x):
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)             # (B, L, D)
-        x = x + self.pos_embed[:, 1:]
-        if visible is not None:
-            x = x.gather(1, visible.unsqueeze(2).expand(-1, -1, x.shape[2]))   # (B, V, D)
-        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return self.norm(self.blocks(torch.cat([class_token, x], 1)))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)           # (B, 1 + L, D)
+        return self.norm(self.blocks(x + self.pos_embed))
 
 
 class Decoder(nn.Module):
-    """Tokens (B, 1 + L, D) to images (B, C, H, W); those in abnormal (B, L) are masked [P; R]."""
+    """Tokens (B, 1 + L, D) to images (B, C, H, W); those in masked (B, L) are replaced [P; R]."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, encoder_dim=768, embed_dim=512,
                  depth=8, num_heads=16):
@@ -297,9 +300,9 @@ class Decoder(nn.Module):
         self.image_pred = nn.Linear(embed_dim, in_chans * patch_size ** 2)
         self.apply(init_weights)
 
-    def forward(self, tokens, abnormal):
+    def forward(self, tokens, masked):
         x = self.embedding(tokens)                                             # (B, 1 + L, d)
-        patches = torch.where(abnormal.unsqueeze(2), self.mask_token.to(x.dtype), x[:, 1:])
+        patches = torch.where(masked.unsqueeze(2), self.mask_token.to(x.dtype), x[:, 1:])
         x = torch.cat([x[:, :1], patches], 1) + self.pos_embed                 # (B, 1 + L, d)
         x = self.image_pred(self.norm(self.blocks(x))[:, 1:])                  # (B, L, C * p * p)
         return unpatchify(x, self.patch_size)
@@ -308,7 +311,10 @@ class Decoder(nn.Module):
 # ---- Projection head and spatial-aware prototypes (Fig. 3) ---------------------------------------
 
 class AnatomyHead(nn.Module):
-    """Scores tokens against K pseudo-clusters of their position [R]: (B, L, D) -> (B, L, K)."""
+    """Logits of tokens over the K pseudo-clusters of their position [R]: (B, L, D) -> (B, L, K).
+
+    A logit is the cosine between the token, after an MLP, and a row of its position's last layer.
+    """
 
     def __init__(self, in_dim, num_patches, out_dim=256, hidden_dim=1024, bottleneck_dim=256):
         super().__init__()
@@ -316,6 +322,9 @@ class AnatomyHead(nn.Module):
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim))
+        # Only the direction of a row counts; its length sets how slowly it turns. Rows of N(0, 1)
+        # are long (sqrt(bottleneck_dim)), so that the encoder learns, not the last layers alone:
+        # with short rows a position's tokens hardly gathered (silhouette .01 instead of .31) [D].
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         for layer in self.mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)        # [R] truncates at 100 std
@@ -325,13 +334,13 @@ class AnatomyHead(nn.Module):
         z = self.mlp(tokens).float()                                           # (B, L, d)
         # Float32 also under autocast: a cosine in half precision is off by up to 0.003.
         with torch.autocast(z.device.type, enabled=False):
-            rows = self.last_layers.float()
-            scores = torch.einsum("bld,lkd->blk", F.normalize(z, dim=2), rows)
-            return scores / rows.norm(dim=2)               # cosines; longer rows learn slower [D]
+            rows = self.last_layers.float()                                    # (L, K, d)
+            logits = torch.einsum("bld,lkd->blk", F.normalize(z, dim=2), rows)
+            return logits / rows.norm(dim=2)
 
 
 def sinkhorn(scores, epsilon=0.05, iterations=3):
-    """Sinkhorn-Knopp [R]: scores -> assignment (L, K), rows sum to 1, columns nearly to L / K."""
+    """Sinkhorn-Knopp [R]: (L, K) -> assignment (L, K), rows sum to 1, columns nearly to L / K."""
     log_c = scores.float() / epsilon                       # (L, K), in logarithms: no overflow
     for _ in range(iterations):
         log_c = log_c - log_c.logsumexp(0, keepdim=True)
@@ -347,22 +356,20 @@ def gather(x):
 
 
 class SpatialPrototypes(nn.Module):
-    """P, a prototype per position: the running mean of the teacher's scores there [P; R]."""
+    """P, a prototype per position: the running mean of the teacher's logits there [P; R]."""
 
     def __init__(self, num_patches, out_dim, momentum=0.75):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("prototypes", torch.zeros(num_patches, out_dim))  # (L, K)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def update(self, teacher_logits, momentum=None):
+    def update(self, teacher_logits):
         """P <- m P + (1 - m) mean of teacher_logits (B, L, K) over images; at first P <- mean."""
         mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
-        m = self.momentum if momentum is None else momentum
-        # torch.where, as a branch on a tensor would synchronise with the GPU.
-        self.prototypes.lerp_(mean, torch.where(self.updates > 0, 1 - m, 1.0))
-        self.updates += 1
+        # P is 0 before the first update only; `if P.any()` would wait for the GPU.
+        weight = torch.where(self.prototypes.any(), 1 - self.momentum, 1.0)
+        self.prototypes.lerp_(mean, weight)
 
     @torch.no_grad()
     def assignment(self):
@@ -389,18 +396,20 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
         s_ij = cos(Q^S_ij, P_j) / temperature
         mean over (i, j) in N of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
 
-    A stand-in, to be replaced freely: the paper defines L_cate, but neither the text at hand nor
-    the released code shows how. Ours is InfoNCE with the prototype as the anchor; as it takes the
-    mean of the negatives, it is log 2 if tokens are indistinguishable, for any batch size.
+    A stand-in, to be replaced freely: written without access to the full text of the paper; its
+    formula for L_cate is not known here, and the released code lacks it. Ours is InfoNCE with the
+    prototype as the anchor. With the mean of the negatives, not their sum, it is log 2 if tokens
+    are indistinguishable, for any batch size.
 
     logits (B, L, K), prototypes (L, K), normal and abnormal (B, L) bool -> scalar. Positions
     without both kinds of token are ignored; 0 if none is left.
     """
     # eps keeps the gradient at a vector of zeros within the range of half precision.
     s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
-    contrasted = abnormal.any(0)                                               # (L,)
+    contrasted = abnormal.any(0)                           # positions with a negative, (L,)
     positive = normal & contrasted                                             # (B, L)
-    # Other positions keep all tokens: the gradient of an empty logsumexp is not a number.
+    # The log of the mean over negatives. Other positions keep all tokens, only so that no gradient
+    # is that of an empty logsumexp, which is not a number.
     log_sum = s.masked_fill(~abnormal & contrasted, -math.inf).logsumexp(0)    # (L,)
     log_mean = log_sum - abnormal.sum(0).clamp_min(1).log()
     # - log(exp s / (exp s + m)) = softplus(log m - s)
@@ -422,18 +431,6 @@ def normalise(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
 def features(encoder, images):
     """Patch tokens, as no loss reads the class token: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
     return encoder(normalise(images))[:, 1:]
-
-
-def put_back(tokens, visible, num_patches):
-    """Scatters visible tokens (B, 1 + V, D) to their positions (B, V), fills the rest with zeros.
-
-    Returns tokens (B, 1 + L, D), hidden (B, L) bool: the positions that are not visible.
-    """
-    B, _, D = tokens.shape
-    index = F.pad(visible + 1, (1, 0)).unsqueeze(2).expand(-1, -1, D)          # 0: the class token
-    placed = tokens.new_zeros(B, 1 + num_patches, D).scatter(1, index, tokens)
-    hidden = torch.ones(B, num_patches, dtype=torch.bool, device=tokens.device)
-    return placed, hidden.scatter(1, visible, False)
 
 
 class AFiRe(nn.Module):
@@ -459,35 +456,28 @@ class AFiRe(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
 
-    def forward(self, normal, lesioned, mask, prototype_momentum=None, visible=None):
+    def forward(self, normal, lesioned, mask):
         """x, x', M, (B, 1, H, W) in [0, 1] -> {"loss", "structure", "category", "restoration"}.
 
-        In train mode the prototypes are updated first. visible (B, V) long: sorted positions that
-        the student sees [D]; the others become mask tokens, neither normal nor abnormal.
+        In train mode the teacher updates the prototypes first.
         """
         if self.training:
             with torch.no_grad():
                 teacher_tokens = features(self.teacher["encoder"], normal)     # (B, L, D)
-                teacher_logits = self.teacher["head"](teacher_tokens)          # (B, L, K)
-            self.prototypes.update(teacher_logits, prototype_momentum)
+                self.prototypes.update(self.teacher["head"](teacher_tokens))
 
-        tokens = self.student["encoder"](normalise(lesioned), visible)         # (B, 1 + V, D)
         abnormal = abnormal_tokens(mask, self.patch_size)                      # (B, L)
-        hidden = torch.zeros_like(abnormal)                                    # (B, L)
-        if visible is not None:
-            tokens, hidden = put_back(tokens, visible, self.num_patches)
+        tokens = self.student["encoder"](normalise(lesioned))                  # (B, 1 + L, D)
         logits = self.student["head"](tokens[:, 1:])                           # (B, L, K)
-        restored = self.decoder(tokens, abnormal | hidden)                     # (B, 3, H, W)
+        restored = self.decoder(tokens, abnormal)                              # (B, 3, H, W)
 
         logits = gather(logits)                            # task I uses the global batch
-        normal_set = gather(~abnormal & ~hidden)
-        abnormal_set = gather(abnormal & ~hidden)
+        abnormal = gather(abnormal)
+        prototypes = self.prototypes.prototypes                                # (L, K)
         assignment = self.prototypes.assignment()                              # (L, K)
-        structure = structure_consistency_loss(logits, assignment, normal_set)
-        category = category_consistency_loss(logits, self.prototypes.prototypes, normal_set,
-                                             abnormal_set)
-        restoration = restoration_loss(restored, normalise(normal))
-        losses = {"structure": structure, "category": category, "restoration": restoration}
+        losses = {"structure": structure_consistency_loss(logits, assignment, ~abnormal),
+                  "category": category_consistency_loss(logits, prototypes, ~abnormal, abnormal),
+                  "restoration": restoration_loss(restored, normalise(normal))}
         total = sum(weight * loss for weight, loss in zip(self.weights, losses.values()))
         return {"loss": total, **losses}
 
@@ -504,9 +494,9 @@ class InputError(Exception):
     """Bad input or a bad option, in one sentence with the remedy; the command line exits with 2."""
 
 
-def option(default, text, choices=None, least=0):
+def option(default, text, choices=None, minimum=0):
     """A field of a dataclass that is also an option of the command line."""
-    metadata = {"help": text, "choices": choices, "least": least}
+    metadata = {"help": text, "choices": choices, "minimum": minimum}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -515,15 +505,15 @@ class DataOptions:
     """Options that both commands share."""
     data: str = option(None, "folder of radiographs; without it, phantoms are drawn")
     labels: str = option(None, "CSV: image, findings (a|b), and if known patient and split")
-    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto: an accelerator if there is one")
+    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = field.metadata.get("least")
-            if field.metadata and isinstance(value, (int, float)) and not value >= least:
+            minimum = field.metadata.get("minimum")
+            if field.metadata and isinstance(value, (int, float)) and not value >= minimum:
                 name = field.name.replace("_", "-")
-                raise InputError(f"--{name} {value}: choose at least {least}")
+                raise InputError(f"--{name} {value}: choose at least {minimum}")
 
 
 @dataclasses.dataclass
@@ -534,12 +524,11 @@ class PretrainOptions(DataOptions):
     preset: str = option(None, "set of defaults; if not given: phantoms without --data, else paper "
                          "on a GPU and small elsewhere", ("paper", "small", "phantoms"))
     arch: str = option("vit_base", "encoder", ("vit_micro", "vit_small", "vit_base"))
-    img_size: int = option(224, "side of the square that images are resized to, in pixels", least=1)
-    patch_size: int = option(16, "side of a patch, in pixels", least=1)
+    img_size: int = option(224, "side of the square that images are resized to, in px", minimum=1)
+    patch_size: int = option(16, "side of a patch, in pixels", minimum=1)
     levels: str = option("file", "grey levels as in the file, or equalised", ("file", "equal"))
-    keep: float = option(1.0, "fraction of the tokens of x' that the student sees")
-    epochs: int = option(400, "passes over the normal images, in whole batches", least=1)
-    batch_size: int = option(64, "images in a step, over all processes (release: 1024)", least=1)
+    epochs: int = option(400, "passes over the normal images, in whole batches", minimum=1)
+    batch_size: int = option(64, "images in a step, over all processes (release: 1024)", minimum=1)
     lr: float = option(5e-4, "peak learning rate at batch size 256, scaled linearly with it")
     structure_weight: float = option(1.0, "weight of L_stru; 0 disables it")
     category_weight: float = option(1.0, "weight of L_cate; 0 disables it")
@@ -563,8 +552,7 @@ class EvalOptions(DataOptions):
     """Evaluate an encoder and the same encoder untrained, on --data or the data of its run."""
     ckpt: str = option("runs/afire", "folder of a run, or a ViT of ours, timm, MAE, DINO, ...")
     out: str = option(None, "folder for the results; if not given: eval in the run's folder")
-    img_size: int = option(None, "side of the images in pixels, if not the encoder's", least=1)
-    finetune: int = option(0, "also fine-tune for this many steps; 0: only the probe")
+    img_size: int = option(None, "side of the images in pixels, if not the encoder's", minimum=1)
 
 
 def parse_arguments(argv=None):
@@ -608,11 +596,10 @@ def build_model(options):
                  **ARCHITECTURES[options.arch])
 
 
-def find_device(name):
-    """The torch.device of this name; "auto" is an accelerator if there is one."""
+def get_device(name):
+    """The torch.device of this name; "auto" is CUDA if there is one, else the CPU."""
     if name == "auto":
-        available = torch.accelerator.is_available()
-        name = str(torch.accelerator.current_accelerator()) if available else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -644,7 +631,7 @@ def cosine(start, end, progress):
 class Trainer:
     """The training state (model and optimiser), and the step that changes it [R]."""
 
-    figures = ("loss", "structure", "category", "restoration", "gradient_norm")
+    metrics = ("loss", "structure", "category", "restoration", "gradient_norm")
 
     def __init__(self, options, device, rank=0, world=1):
         self.options = options
@@ -676,31 +663,23 @@ class Trainer:
         return lr, weight_decay, cosine(self.options.teacher_momentum, 1.0, step / total)
 
     def step(self, images, centres, step, per_epoch):
-        """A step on this process's images (b, 1, S, S) uint8, their centres (b, 2): -> figures."""
-        options = self.options
-        num_patches = self.model.num_patches
+        """A step on this process's images (b, 1, S, S) uint8, their centres (b, 2): -> metrics."""
         first_epoch = step < per_epoch
-        offset = self.rank * len(images)
         lr, weight_decay, momentum = self.schedules(step, per_epoch)
         for group, decay in zip(self.optimizer.param_groups, (weight_decay, 0.0)):
             group.update(lr=lr, weight_decay=decay)
+        self.model.prototypes.momentum = 0.0 if first_epoch else 0.75          # [R]
 
-        seed = (options.seed * 2654435769 + step) % 2 ** 32    # generators ignore all higher bits
-        generator = torch.Generator().manual_seed(seed)        # draws for all processes' images
-        visible = None
-        if options.keep < 1:
-            draws = uniform((options.batch_size, num_patches), generator, self.device)
-            order = draws[offset:offset + len(images)].argsort(1)              # (b, L)
-            kept = math.ceil(options.keep * num_patches)
-            visible = order[:, :kept].sort(1).values                           # (b, V)
+        # Generators use 32 bits of a seed. Multiples of 2^32 / golden ratio keep runs far apart.
+        seed = (self.options.seed * 2654435769 + step) % 2 ** 32
+        generator = torch.Generator().manual_seed(seed)
         normal = to_device(images, self.device) / 255
-        centres = to_device(centres, self.device)
-        lesioned, mask = synthetic_lesion_mask(normal, generator, centres, offset)
+        lesioned, mask = synthetic_lesion_mask(normal, generator, to_device(centres, self.device),
+                                               offset=self.rank * len(images))
 
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            # In the first epoch the prototypes are the batch mean: momentum 0.
-            losses = self.network(normal, lesioned, mask, 0.0 if first_epoch else None, visible)
+            losses = self.network(normal, lesioned, mask)
         losses["loss"].backward()
         if first_epoch:
             self.model.student["head"].last_layers.grad = None                 # frozen, as in DINO
@@ -714,19 +693,47 @@ class Trainer:
         return torch.stack([*losses.values(), norms.norm()]).detach()
 
 
+def processes():
+    """-> rank of this process, number of processes, as torchrun sets them."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= world:
+        raise InputError(f"RANK is {rank} without a larger WORLD_SIZE: use torchrun")
+    return rank, world
+
+
+def resume(trainer, path, run):
+    """Loads an interrupted run of the same options and images into the trainer: -> its state.
+
+    run: the state of a new run.
+    """
+    checkpoint = read_checkpoint(path)
+    if "history" not in checkpoint:
+        raise InputError(f"{path} is not of a run of afire.py: name another --out")
+    model, _ = model_of_run(checkpoint, path)
+    before = {**checkpoint["config"], "images": checkpoint["images"]}
+    now = {**run["config"], "images": run["images"]}
+    may_differ = ("out", "data", "labels", "device", "preset")         # the images are compared
+    different = [name for name in now if now[name] != before[name] and name not in may_differ]
+    if different:
+        raise InputError(f"the run in {path.parent} has other {' and '.join(different)}: repeat "
+                         "its command to resume it, or name another --out")
+    trainer.model.load_state_dict(model.state_dict())
+    trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+    return {**{key: checkpoint[key] for key in run}, "config": run["config"]}
+
+
 def pretrain(options):
     """Trains in the folder options.out, or resumes the run in it; also under torchrun.
 
     Everything random depends on seed and step alone: on a CPU a resumed run equals an unbroken one
     bit for bit, and several processes equal one up to rounding.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = find_device(options.device)
-    if (options.img_size % options.patch_size or options.batch_size % world
-            or not 0 < options.keep <= 1):
-        raise InputError("--img-size must be a multiple of --patch-size, --batch-size of the "
-                         f"number of processes ({world}), and --keep above 0 and at most 1")
+    rank, world = processes()
+    device = get_device(options.device)
+    if options.img_size % options.patch_size or options.batch_size % world:
+        raise InputError("--img-size must be a multiple of --patch-size, and --batch-size of the "
+                         f"number of processes ({world})")
     if world > 1:
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -735,141 +742,102 @@ def pretrain(options):
     data = load_radiographs(options.data, options.img_size, labels=options.labels,
                             levels=options.levels)
     normals = data.train[~data.labels[data.train].any(1)]
-    print(f"preset {options.preset}: pre-training on {len(normals)} normal images (excluded: "
-          f"{len(data.train) - len(normals)} with findings, {len(data.test)} held out)")
+    if not len(normals):
+        present = np.array(data.findings)[data.labels[data.train].any(0)]
+        raise InputError(f"no image in train is normal; its findings are: {', '.join(present)}")
     if len(normals) < options.batch_size:
         raise InputError(f"--batch-size must be at most {len(normals)}, the normal images in train")
+    print(f"preset {options.preset}: pre-training on {len(normals)} normal images (excluded: "
+          f"{len(data.train) - len(normals)} with findings, {len(data.test)} held out)")
+    if options.epochs <= options.warmup_epochs:
+        print(f"--epochs {options.epochs} ends in the warm-up of {options.warmup_epochs} epochs: "
+              "the learning rate never reaches its peak")
 
     trainer = Trainer(options, device, rank, world)
-    model = trainer.model
+    out = Path(options.out)
     run = {"config": dataclasses.asdict(options), "earlier_images": [],        # those of --init
            "images": [data.hashes[row] for row in normals], "epoch": 0, "history": []}
-    out = Path(options.out)
-    path = out / "checkpoint.pth"
-    if path.exists():
-        checkpoint = read_checkpoint(path)
-        if "history" not in checkpoint:
-            raise InputError(f"{path} is not of a run of afire.py: name another --out")
-        may_differ = ("out", "data", "labels", "device", "preset")     # the images are compared
-        before = {**checkpoint["config"], "images": checkpoint["images"]}
-        now = {**run["config"], "images": run["images"]}
-        different = [name for name in now
-                     if now[name] != before.get(name) and name not in may_differ]
-        if different:
-            raise InputError(f"the run in {out} has other {' and '.join(different)}: repeat its "
-                             "command to resume it, or name another --out")
-        model.load_state_dict(checkpoint["model"])
-        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-        run = {**{key: checkpoint[key] for key in run}, "config": run["config"]}
+    if (out / "checkpoint.pth").exists():
+        run = resume(trainer, out / "checkpoint.pth", run)
         print(f"resuming after epoch {run['epoch']} of {options.epochs}")
     elif options.init:
-        encoder = load_encoder(options.init, options.img_size)
-        if encoder.sizes != model.student["encoder"].sizes:
-            raise InputError(f"--init {options.init} has another size: change --arch or "
-                             "--patch-size")
-        model.student["encoder"].load_state_dict(encoder.state_dict())
-        model.teacher["encoder"].load_state_dict(encoder.state_dict())
-        run["earlier_images"] = trained_images(options.init)
+        checkpoint = read_checkpoint(options.init)
+        encoder = load_encoder(options.init, options.img_size, checkpoint)
+        if encoder.sizes != trainer.model.student["encoder"].sizes:
+            raise InputError(f"--init {options.init}: other sizes than --arch and --patch-size")
+        for network in trainer.model.student, trainer.model.teacher:
+            network["encoder"].load_state_dict(encoder.state_dict())
+        run["earlier_images"] = trained_images(checkpoint, options.init)
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(run["config"], indent=2))
-
-    centres = in_batches(texture_centre, data.images, normals, device).cpu().numpy()   # (n, 2)
-    per_epoch = len(normals) // options.batch_size
-    bar = tqdm(total=options.epochs * per_epoch, initial=run["epoch"] * per_epoch, desc="pretrain",
-               unit="step", mininterval=1, disable=rank > 0)
-    for epoch in range(run["epoch"], options.epochs):
-        order = np.random.default_rng((options.seed, epoch)).permutation(len(normals))
-        batches = order[:per_epoch * options.batch_size].reshape(per_epoch, -1)
-        sums = torch.zeros(len(trainer.figures), device=device)
-        for i, batch in enumerate(batches):
-            share = np.array_split(np.sort(batch), world)[rank]                # (b,)
-            step = epoch * per_epoch + i
-            sums += trainer.step(data.images[normals[share]], centres[share], step, per_epoch)
-            bar.update()
-            if i % 10 == 9 or i == per_epoch - 1:          # reading it synchronises with the GPU
-                loss, *_, gradient_norm = (sums / (i + 1)).tolist()
-                bar.set_postfix(loss=f"{loss:.3f}")
-                if not math.isfinite(gradient_norm):       # alike in all processes: all stop here
-                    raise InputError(f"the gradient is not finite in epoch {epoch + 1}: try a "
-                                     "lower --lr in another --out")
-        means = (gather(sums.unsqueeze(0)).mean(0) / per_epoch).tolist()
-        run["epoch"] = epoch + 1
-        run["history"].append({"epoch": epoch + 1, **dict(zip(trainer.figures, means)),
-                               "lr": trainer.schedules(step, per_epoch)[0]})
-        if rank == 0:
-            log = [json.dumps(record) + "\n" for record in run["history"]]
-            (out / "log.jsonl").write_text("".join(log))
-            save_checkpoint({"model": model.state_dict(), **run,
-                             "optimizer": trainer.optimizer.state_dict()}, path)
-    bar.close()
+        write_table(out / "table.csv", data)
+    train(trainer, data.images, normals, run, out, world)
     if rank == 0:
-        save_checkpoint(model.teacher["encoder"].state_dict(), out / "encoder.pth")
-        plot_restoration(out / "restoration.png", model.eval(),
+        save_checkpoint(trainer.model.teacher["encoder"].state_dict(), out / "encoder.pth")
+        plot_restoration(out / "restoration.png", trainer.model.eval(),
                          to_device(data.images[normals[:4]], device) / 255)
-    print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), log.jsonl, restoration.png")
+    print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), table.csv (the images used), "
+          "log.jsonl, restoration.png")
     if world > 1:
         torch.distributed.barrier()                        # wait until rank 0 has written
         torch.distributed.destroy_process_group()
 
 
+def train(trainer, images, normals, run, out, world):
+    """The epochs that are left of a run, on images[normals]; its state is saved after each."""
+    options = trainer.options
+    centres = in_batches(texture_centre, images, normals, trainer.device).cpu().numpy()    # (n, 2)
+    per_epoch = len(normals) // options.batch_size
+    with tqdm(total=options.epochs * per_epoch, initial=run["epoch"] * per_epoch, desc="pretrain",
+              unit="step", mininterval=1, disable=trainer.rank > 0) as bar:
+        for epoch in range(run["epoch"], options.epochs):
+            order = np.random.default_rng((options.seed, epoch)).permutation(len(normals))
+            batches = order[:per_epoch * options.batch_size].reshape(per_epoch, -1)
+            sums = torch.zeros(len(trainer.metrics), device=trainer.device)
+            for i, batch in enumerate(batches):
+                shard = np.array_split(np.sort(batch), world)[trainer.rank]    # (b,)
+                step = epoch * per_epoch + i
+                sums += trainer.step(images[normals[shard]], centres[shard], step, per_epoch)
+                bar.update()
+                if i % 10 == 9 or i == per_epoch - 1:      # reading it synchronises with the GPU
+                    loss, *_, gradient_norm = (sums / (i + 1)).tolist()
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    if not math.isfinite(gradient_norm):   # alike in all processes: all stop here
+                        raise InputError(f"the gradient is not finite in epoch {epoch + 1}: try a "
+                                         "lower --lr in another --out")
+            means = (gather(sums.unsqueeze(0)).mean(0) / per_epoch).tolist()
+            run["epoch"] = epoch + 1
+            run["history"].append({"epoch": epoch + 1, **dict(zip(trainer.metrics, means)),
+                                   "lr": trainer.schedules(step, per_epoch)[0]})
+            if trainer.rank == 0:
+                log = [json.dumps(record) + "\n" for record in run["history"]]
+                (out / "log.jsonl").write_text("".join(log))
+                save_checkpoint({"model": trainer.model.state_dict(), **run,
+                                 "optimizer": trainer.optimizer.state_dict()},
+                                out / "checkpoint.pth")
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------
 
-def detection(scores, labels):
-    """AUROC, average precision, best Dice of scores (n,) and labels (n,) bool; NaN if undefined."""
-    if labels.all() or not labels.any() or np.isnan(scores).any():
-        return {"auroc": math.nan, "ap": math.nan, "dice": math.nan}
-    _, rank = np.unique(-scores, return_inverse=True)                  # the highest score first
-    positive = np.bincount(rank, labels)
-    negative = np.bincount(rank, ~labels)
-    true_positives = positive.cumsum()
-    called = (positive + negative).cumsum()
-    negatives_below = negative.sum() - negative.cumsum() + negative / 2
-    return {"auroc": float((positive * negatives_below).sum() / positive.sum() / negative.sum()),
-            "ap": float((positive * true_positives / called).sum() / positive.sum()),
-            "dice": float((2 * true_positives / (called + positive.sum())).max())}
-
-
 def auroc(scores, labels):
-    """The probability that a positive scores above a negative; ties count half: -> float."""
-    return detection(np.asarray(scores, float), np.asarray(labels, bool))["auroc"]
+    """P(a positive scores above a negative), ties count half: (n,), (n,) bool -> float or NaN."""
+    scores = np.asarray(scores, float)
+    labels = np.asarray(labels, bool)
+    if labels.all() or not labels.any() or np.isnan(scores).any():
+        return math.nan
+    _, rank = np.unique(scores, return_inverse=True)
+    positives = np.bincount(rank, labels)                  # at every distinct score
+    negatives = np.bincount(rank, ~labels)
+    negatives_below = negatives.cumsum() - negatives / 2
+    return float((positives * negatives_below).sum() / positives.sum() / negatives.sum())
 
 
 def nan_mean(values, axis=None):
-    """The mean without NaN; NaN if nothing is left."""
-    return np.ma.filled(np.ma.masked_invalid(values).mean(axis), math.nan)
-
-
-def mean_auroc(scores, labels, patients, resamples=200):
-    """AUROC of each finding, averaged over draws: -> (F,), and a 95 % interval of their mean.
-
-    scores (draws, T, F), labels (T, F) bool, patients (T,), over whom the bootstrap is [D].
-    """
-    def by_finding(rows):
-        return nan_mean([[auroc(draw[rows, f], labels[rows, f]) for f in range(labels.shape[1])]
-                             for draw in scores], 0)
-
-    _, person = np.unique(patients, return_inverse=True)
-    rows_of = np.split(person.argsort(kind="stable"), np.bincount(person).cumsum()[:-1])
-    random = np.random.default_rng(0)
-    means = []
-    for _ in range(resamples):
-        drawn = random.integers(len(rows_of), size=len(rows_of))
-        means.append(nan_mean(by_finding(np.concatenate([rows_of[i] for i in drawn]))))
-    means = [mean for mean in means if not math.isnan(mean)] or [math.nan]
-    return by_finding(slice(None)), np.quantile(means, [0.025, 0.975]).tolist()
-
-
-def silhouette(points, cluster):
-    """Mean silhouette (Rousseeuw, 1987): points (N, D), cluster (N,) integers -> -1 to 1."""
-    cluster = cluster.unique(return_inverse=True)[1]
-    member = F.one_hot(cluster).to(points.dtype)                       # (N, clusters)
-    size = member.sum(0)
-    distance = torch.cdist(points, points) @ member / size             # means by cluster
-    own = (distance * member).sum(1) * (size / (size - 1).clamp_min(1))[cluster]
-    other = distance.masked_fill(member.bool(), math.inf).amin(1)
-    score = (other - own) / torch.maximum(own, other).clamp_min(1e-12)
-    return float(torch.where(size[cluster] > 1, score, 0).mean())
+    """np.nanmean, without its warning where nothing is left."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, axis)
 
 
 def linear_probe(x, y, penalty=10.0):
@@ -883,29 +851,6 @@ def linear_probe(x, y, penalty=10.0):
     return weight, y.mean(0) - mean @ weight
 
 
-def finetune(encoder, data, rows, steps, device, batch_size=32):
-    """Fine-tunes a copy's blocks, with a linear layer, on rows [P; D: recipe]: -> copy, layer."""
-    torch.manual_seed(0)
-    random = np.random.default_rng(0)
-    encoder = copy.deepcopy(encoder)
-    dim = encoder.pos_embed.shape[2]
-    layer = nn.Linear(dim, len(data.findings)).to(device)
-    trained = [*encoder.blocks.requires_grad_().parameters(), *layer.parameters()]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
-    for step in range(steps):
-        batch = random.choice(rows, batch_size)
-        truth = to_device(data.labels[batch], device).float()
-        images = to_device(data.images[batch], device) / 255
-        scores = layer(features(encoder, images).mean(1))
-        loss = F.binary_cross_entropy_with_logits(scores, truth)
-        warmup = min(1, (step + 1) / 10)
-        optimizer.param_groups[0]["lr"] = warmup * cosine(0.128 / dim, 0.0, step / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return encoder.requires_grad_(False), layer.requires_grad_(False)
-
-
 def learn_from_few(learn, labels, train):
     """Test scores (T, F) of learn(rows) for 1, 10, 100 % of train: -> {"1%": (draws, T, F)}."""
     random = np.random.default_rng(0)
@@ -914,71 +859,73 @@ def learn_from_few(learn, labels, train):
         results = []
         for _ in range(draws):
             rows = random.permutation(train)[:max(2, round(len(train) * percent / 100))]
-            constant = labels[rows].all(0) | ~labels[rows].any(0)
+            constant = labels[rows].all(0) | ~labels[rows].any(0)      # nothing can be learned
             results.append(np.where(constant, math.nan, learn(rows)))
         scores[f"{percent}%"] = np.stack(results)
     return scores
 
 
-def restoration_error(afire, images):
-    """Error of tokens, a quarter of which is masked at a time [D]: (B, 1, S, S) -> (B, L)."""
+def restoration_error(model, images):
+    """Error of tokens, a quarter of which is masked at a time [D]: (B, 1, S, S) -> (B, L).
+
+    model: an AFiRe. A token is restored from the other tokens' encodings, without its own.
+    """
     x = normalise(images)
-    tokens = afire.student["encoder"](x)                                       # (B, 1 + L, D)
+    tokens = model.student["encoder"](x)                                       # (B, 1 + L, D)
     odd = torch.arange(math.isqrt(tokens.shape[1] - 1), device=x.device) % 2   # (side,)
-    place = (2 * odd.unsqueeze(1) + odd).flatten()                             # (L,), 0 to 3
+    quarter = (2 * odd.unsqueeze(1) + odd).flatten()                           # (L,), 0 to 3
     error = 0
-    for turn in range(4):
-        hidden = (place == turn).expand(len(x), -1)                            # (B, L)
-        restored = afire.decoder(tokens, hidden)                               # (B, 3, S, S)
-        error = error + hidden * patchify((restored - x) ** 2, afire.patch_size).mean(2)
+    for i in range(4):
+        masked = (quarter == i).expand(len(x), -1)                             # (B, L)
+        restored = model.decoder(tokens, masked)                               # (B, 3, S, S)
+        error = error + masked * patchify((restored - x) ** 2, model.patch_size).mean(2)
     return error
 
 
 @torch.no_grad()
-def anomaly_maps(images, rows, device, encoder, afire=None, normals=()):
-    """How abnormal each token of images[rows] looks [D]: -> {score: (T, side, side)}, T rows.
+def anomaly_maps(images, rows, device, encoder, model=None, normals=()):
+    """How abnormal the tokens of images[rows] look [D]: -> {score: (T, side, side)}, T rows.
 
-    prototype    1 - cosine between the token's scores and the prototype, as in L_cate
-    restoration  error of the token's pixels when it is restored from the other tokens
-    neighbours   mean distance to the 5 nearest normal tokens of the position
+    prototype    1 - cosine between the token's head output and the prototype. With normal images
+                 at hand, the prototype is their mean, so that an untrained network has one too;
+                 without, it is the learned P
+    restoration  error of the token's pixels when it is restored from the other tokens' encodings,
+                 without its own; with normal images, standardised by position
+    neighbours   mean distance to the 5 nearest tokens of normal images, at its position
 
-    images (n, 1, S, S) uint8; afire: the whole model, for the first two scores; normals: rows of
-    normal images, for the third. With them a prototype is the mean of their head outputs, so that
-    an untrained network has prototypes too, and restoration errors are standardised by position.
+    images (n, 1, S, S) uint8; model: an AFiRe, which the first two scores need; normals: rows of
+    normal images, which the third one needs.
     """
-    def embed(x):
-        return features(encoder, x)                                            # (B, L, D)
-
-    def error(x):
-        return restoration_error(afire, x)                                     # (B, L)
+    names = []
+    if model:
+        names += ["prototype", "restoration"]
+        prototypes = model.prototypes.prototypes                               # (L, K)
+        mean = 0                                           # of the restoration error
+        std = 1
+    if len(normals):
+        names += ["neighbours"]
+        references = in_batches(lambda x: features(encoder, x), images, normals, device)
+    if model and len(normals):
+        logits = [model.teacher["head"](part) for part in references.split(64)]    # it is wide
+        prototypes = torch.cat(logits).mean(0)
+        errors = in_batches(lambda x: restoration_error(model, x), images, normals, device)
+        mean = errors.mean(0)                                                  # (L,)
+        std = errors.std(0, correction=0) + 1e-6
 
     def score(x):
-        tokens = embed(x)
+        tokens = features(encoder, x)                                          # (B, L, D)
         scores = []
-        if afire:
-            logits = afire.teacher["head"](tokens)                             # (B, L, K)
-            scores = [1 - F.cosine_similarity(logits, prototypes, dim=2), error(x)]
+        if model:
+            logits = model.teacher["head"](tokens)                             # (B, L, K)
+            scores += [1 - F.cosine_similarity(logits, prototypes, dim=2),
+                       (restoration_error(model, x) - mean) / std]
         if len(normals):
             distance = torch.cdist(tokens.transpose(0, 1), references.transpose(0, 1))
             nearest = distance.topk(min(5, len(normals)), largest=False).values    # (L, B, 5)
-            scores.append(nearest.mean(2).T)
+            scores += [nearest.mean(2).T]
         return torch.stack(scores, 1)                                          # (B, scores, L)
 
-    names = []
-    if afire:
-        names = ["prototype", "restoration"]
-        prototypes = afire.prototypes.prototypes                               # (L, K)
-    if len(normals):
-        names.append("neighbours")
-        references = in_batches(embed, images, normals, device)                # (N, L, D)
-    if afire and len(normals):                             # in parts, as the head is wide
-        logits = [afire.teacher["head"](part) for part in references.split(64)]
-        prototypes = torch.cat(logits).mean(0)
     maps = in_batches(score, images, rows, device)                             # (T, scores, L)
-    if afire and len(normals):
-        errors = in_batches(error, images, normals, device)                    # (N, L)
-        maps[:, 1] -= errors.mean(0)
-        maps[:, 1] /= errors.std(0, correction=0) + 1e-6
     side = math.isqrt(maps.shape[2])
     grids = maps.unflatten(2, (side, side)).cpu().numpy()
     return {name: grids[:, i] for i, name in enumerate(names)}
@@ -990,121 +937,99 @@ def image_scores(maps):
     return tokens[:, -max(1, tokens.shape[1] // 4):].mean(1)
 
 
-def evaluate_maps(maps, abnormal, masks, patients):
-    """Detection of abnormal images, and of pixels on a grid of about 56 x 56.
+def pixel_scores(maps, masks):
+    """Maps and masks on one grid of at least 56 x 56 pixels, or of all pixels if there are fewer.
 
-    maps {score: (T, side, side)}, abnormal (T,) bool, masks (T, S, S) bool, patients (T,).
+    maps (T, side, side), masks (T, S, S) bool -> scores and labels, both (T, pixels).
     """
     step = max(1, masks.shape[1] // 56)
-    truth = masks[:, step // 2::step, step // 2::step]                         # (T, 56, 56)
-    report = {}
-    for name, grids in maps.items():
-        scores = image_scores(grids)
-        image = detection(scores, abnormal)
-        _, ci95 = mean_auroc(scores[None, :, None], abnormal[:, None], patients)
-        grids = torch.from_numpy(grids).unsqueeze(1)
-        grids = F.interpolate(grids, truth.shape[1:], mode="bilinear")         # (T, 1, 56, 56)
-        pixel = detection(grids.numpy().ravel(), truth.ravel())
-        report[name] = {"image_auroc": image["auroc"], "image_ap": image["ap"], "image_ci95": ci95,
-                        "pixel_auroc": pixel["auroc"], "pixel_ap": pixel["ap"],
-                        "dice": pixel["dice"]}
-    return report
+    labels = masks[:, step // 2::step, step // 2::step]                        # (T, 56, 56)
+    grids = torch.from_numpy(maps).unsqueeze(1)
+    grids = F.interpolate(grids, labels.shape[1:], mode="bilinear").numpy()    # (T, 1, 56, 56)
+    return grids.reshape(len(maps), -1), labels.reshape(len(maps), -1)
 
 
-def load_models(path, img_size=None):
-    """-> {"checkpoint": (encoder, AFiRe or None), "random_init": ...}, options of the run or None.
+def normal_references(data, limit=1000):
+    """Rows of normal training images that anomalies are compared with: (N,), at most limit [D]."""
+    normals = data.train[~data.labels[data.train].any(1)]
+    return np.random.default_rng(0).permutation(normals)[:limit]       # bounds time and memory
 
-    AFiRe is None for files that are not of a run here, and at another image size.
+
+def evaluate_network(encoder, model, data, normals, device):
+    """All metrics of a network: -> report for metrics.json, arrays for predictions.npz.
+
+    model: the AFiRe of the encoder, or None; data: Radiographs; normals as in anomaly_maps.
     """
-    checkpoint = read_checkpoint(path)
-    try:
-        run = PretrainOptions(**checkpoint["config"]) if "history" in checkpoint else None
-        if run and img_size in (None, run.img_size):
-            trained = build_model(run)
-            trained.load_state_dict(checkpoint["model"])
-            untrained = build_model(run)
-            return {"checkpoint": (trained.teacher["encoder"], trained),
-                    "random_init": (untrained.teacher["encoder"], untrained)}, run
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"{path} is of another version of afire.py: use that one") from error
-    encoder = load_encoder(path, img_size)
-    if encoder.sizes[2] != 3:
-        raise InputError(f"{path} takes {encoder.sizes[2]} channels: use an encoder of 3 channels")
-    torch.manual_seed(0)
-    return {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}, run
-
-
-def trained_images(path):
-    """Hashes of the files that a checkpoint was pre-trained on, to keep them out of the test."""
-    checkpoint = read_checkpoint(path)
-    hashes = checkpoint.get("images", ["unknown"]) + checkpoint.get("earlier_images", [])
-    if "unknown" in hashes:
-        print(f"{path} does not say what it was trained on: that may be among the test images")
-    return hashes
-
-
-def evaluate_network(encoder, afire, data, normals, steps, device):
-    """All metrics of one network: -> report for metrics.json, arrays for predictions.npz.
-
-    data: Radiographs; normals: rows of normal images to compare with; steps of fine-tuning.
-    """
-    truth = data.labels[data.test]
-    patients = np.array(data.patients)[data.test]
-    report = {}
+    truth = data.labels[data.test]                                             # (T, F)
+    report = {"linear": {}, "anomaly": {}}
     arrays = {}
 
-    # Few labels: a linear probe on the mean token [D], and fine-tuning.
-    x = in_batches(lambda images: features(encoder, images).mean(1), data.images,
-                   np.arange(len(data.images)), device).cpu()                  # (n, D)
+    # Few labels: a linear probe on the mean token [D].
+    used = np.union1d(data.train, data.test)
+    x = torch.zeros(len(data.images), encoder.sizes[3])                        # (n, D)
+    x[used] = in_batches(lambda images: features(encoder, images).mean(1), data.images, used,
+                         device).cpu()
 
     def probe(rows):
         weight, bias = linear_probe(x[rows], torch.from_numpy(data.labels[rows]))
         return (x[data.test] @ weight + bias).numpy()                          # (T, F)
 
-    def finetuned(rows):
-        copied, layer = finetune(encoder, data, rows, steps, device)
-        return in_batches(lambda images: layer(features(copied, images).mean(1)), data.images,
-                          data.test, device).cpu().numpy()
-
-    protocols = {"linear": probe, "finetune": finetuned} if steps else {"linear": probe}
-    for protocol, learn in protocols.items():
-        report[protocol] = {}
-        for share, scores in learn_from_few(learn, data.labels, data.train).items():
-            values, ci95 = mean_auroc(scores, truth, patients)
-            report[protocol][share] = {"macro_auroc": float(nan_mean(values)), "ci95": ci95,
-                                       "per_finding": dict(zip(data.findings, values.tolist()))}
-            arrays[f"{protocol} {share}"] = scores
+    for fraction, scores in learn_from_few(probe, data.labels, data.train).items():
+        areas = [[auroc(draw[:, f], truth[:, f]) for f in range(len(data.findings))]
+                 for draw in scores]
+        by_finding = nan_mean(areas, 0)                                        # (F,)
+        report["linear"][fraction] = {
+            "macro_auroc": float(nan_mean(by_finding)),
+            "per_finding": dict(zip(data.findings, by_finding.tolist()))}
+        arrays[f"linear {fraction}"] = scores
 
     # Anomalies, by comparison with normal images.
-    maps = anomaly_maps(data.images, data.test, device, encoder, afire, normals)
-    report["anomaly"] = evaluate_maps(maps, truth.any(1), data.masks[data.test], patients)
-
-    # Cohesion [P: Fig. 5]: do the tokens of a position lie together across patients?
-    healthy = data.test[~truth.any(1)][:24]
-    tokens = in_batches(lambda images: features(encoder, images), data.images, healthy, device)
-    position = torch.arange(tokens.shape[1]).repeat(len(tokens))
-    report["cohesion"] = silhouette(tokens.flatten(0, 1).cpu(), position)
+    maps = anomaly_maps(data.images, data.test, device, encoder, model, normals)
+    for score, grids in maps.items():
+        pixels, inside = pixel_scores(grids, data.masks[data.test])
+        report["anomaly"][score] = {
+            "image_auroc": auroc(image_scores(grids), truth.any(1)),
+            "pixel_auroc": auroc(pixels.ravel(), inside.ravel())}
     return report, arrays | maps
 
 
-def print_table(report):
-    """The main metrics of {"checkpoint": ..., "random_init": ...}, a row each."""
+def print_table(report, labels):
+    """A row for every AUROC of metrics.json, or why it is undefined; labels (T, F) of the test."""
     def rows(network):
-        for protocol, name in ("linear", "linear probe"), ("finetune", "fine-tuning"):
-            for share, metrics in network.get(protocol, {}).items():
-                yield f"{name}, {share} of the labels", metrics["macro_auroc"], metrics["ci95"]
+        for fraction, metrics in network["linear"].items():
+            areas = np.array(list(metrics["per_finding"].values()))
+            defined = (~np.isnan(areas)).sum()
+            note = f"{defined} of {len(areas)} findings" if defined < len(areas) else ""
+            yield f"linear probe, {fraction} of the labels", metrics["macro_auroc"], note
         for level in "image", "pixel":
             for score, metrics in network["anomaly"].items():
-                interval = metrics.get(f"{level}_ci95", [])
-                yield f"abnormal {level}s by {score}", metrics[f"{level}_auroc"], interval
-        yield "cohesion (silhouette by position)", network["cohesion"], []
+                area = metrics[f"{level}_auroc"]
+                yield (f"abnormal {level}s by {score}", area,
+                       "no masks of findings" if math.isnan(area) else "")
 
-    print(f"{'AUROC':36}{'trained':>9}{'untrained':>11}   95 % interval of the trained")
+    print(f"{'AUROC':36}{'trained':>9}{'untrained':>11}")
     both = zip(rows(report["checkpoint"]), rows(report["random_init"]))
-    for (name, trained, interval), (_, untrained, _) in both:
-        if not math.isnan(trained):
-            ends = " to ".join(f"{end:.3f}" for end in interval)
-            print(f"{name:36}{trained:9.3f}{untrained:11.3f}   {ends}")
+    for (name, trained, note), (_, untrained, _) in both:
+        numbers = f"{trained:9.3f}{untrained:11.3f}" if not math.isnan(trained) else "undefined:"
+        note = note if labels.any() else "no abnormal image in test"
+        print(f"{name:36}{numbers}   {note}".rstrip())
+
+
+def write_scores(file, data, maps, seen):
+    """scores.csv, the most abnormal image first by the first score: -> order of the test images.
+
+    maps {score: (T, side, side)} of data.test; seen (n,) bool: images of the pre-training.
+    """
+    scores = np.stack([image_scores(grids) for grids in maps.values()], 1)     # (T, scores)
+    order = np.argsort(-scores[:, 0], kind="stable")
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["image", "findings", "pretrained_on", *maps])
+        for row, values in zip(data.test[order], scores[order]):
+            findings = "|".join(np.array(data.findings)[data.labels[row]])
+            pretrained_on = "yes" if seen[row] else "no"
+            writer.writerow([data.names[row], findings, pretrained_on, *values.round(4)])
+    return order
 
 
 def evaluate(options):
@@ -1112,67 +1037,58 @@ def evaluate(options):
 
     Without labels, all images are scored, by the scores that need no normal images.
     """
-    device = find_device(options.device)
-    path = Path(options.ckpt)
-    path = path / "checkpoint.pth" if path.is_dir() else path
-    models, run = load_models(path, options.img_size)
-    encoder, afire = models["checkpoint"]
+    device = get_device(options.device)
+    path = find_checkpoint(options.ckpt)
+    models, run, trained_on = load_models(path, options.img_size)
+    for encoder, model in models.values():
+        (model or encoder).to(device).eval().requires_grad_(False)
+    encoder, model = models["checkpoint"]
+    levels = run.levels if run else "file"
     if run and not options.data:
         options = dataclasses.replace(options, data=run.data, labels=options.labels or run.labels)
-    data = load_radiographs(options.data, encoder.sizes[0], labels=options.labels,
-                            levels=run.levels if run else "file")
-    for network, whole in models.values():
-        (whole or network).to(device).eval().requires_grad_(False)
-    seen = np.isin(data.hashes, trained_images(path))                          # (n,)
-    out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "eval")
+    data = load_radiographs(options.data, encoder.sizes[0], labels=options.labels, levels=levels)
+    seen = np.isin(data.hashes, trained_on)                                    # (n,)
+    folder = path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
+    out = Path(options.out or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)
+    report = {}
     if data.findings:
         if seen[data.test].any():
             print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
         data.test = data.test[~seen[data.test]]
-        normal = ~data.labels.any(1)
-        normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
-        if min(len(normals), normal[data.test].sum()) < 2:
-            raise InputError(f"--data {options.data} needs at least two normal images in train, "
-                             "and two in test")
+        normals = normal_references(data)
+        if min(len(normals), (~data.labels[data.test].any(1)).sum()) < 2:
+            raise InputError(f"--data {options.data}: two normal images are needed in train, and "
+                             "two in test")
         arrays = {"images": np.array(data.names)[data.test],
                   "patients": np.array(data.patients)[data.test],
                   "findings": np.array(data.findings),
                   "labels": data.labels[data.test], "masks": data.masks[data.test]}
-        report = {}
         for name, (network, whole) in models.items():
-            report[name], results = evaluate_network(network, whole, data, normals,
-                                                     options.finetune, device)
+            report[name], results = evaluate_network(network, whole, data, normals, device)
             arrays |= {f"{name}/{key}": array for key, array in results.items()}
+        maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
+    elif model:
+        data.test = np.union1d(data.train, data.test)
+        maps = anomaly_maps(data.images, data.test, device, encoder, model)
+    else:
+        raise InputError(f"{path} is an encoder alone: it needs findings, so give --labels")
+
+    for name in "metrics.json", "predictions.npz", "scores.csv", "anomaly.png":
+        (out / name).unlink(missing_ok=True)               # of an earlier evaluation
+    order = write_scores(out / "scores.csv", data, maps, seen)
+    plot_images(out / "anomaly.png", {
+        "image": data.images[data.test[order[:5]], 0],
+        **{score: grids[order[:5]] for score, grids in maps.items()}})
+    if report:
         np.savez_compressed(out / "predictions.npz", **arrays)
         metrics = json.loads(json.dumps(report), parse_constant=lambda _: None)        # NaN: null
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
-    elif afire:
-        data.test = np.arange(len(data.names))
-        maps = anomaly_maps(data.images, data.test, device, encoder, afire)
-    else:
-        raise InputError(f"without findings, eval needs a run at its own image size: {path} is an "
-                         "encoder alone, so give --labels")
-    scores = np.stack([image_scores(grids) for grids in maps.values()], 1)     # (T, scores)
-    order = np.argsort(-scores[:, 0], kind="stable")                           # most abnormal first
-    with open(out / "scores.csv", "w", newline="", encoding="utf-8",
-              errors="surrogateescape") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["image", "findings", "pretrained_on", *maps])
-        for row, values in zip(data.test[order], scores[order]):
-            findings = "|".join(np.array(data.findings)[data.labels[row]])
-            known = "yes" if seen[row] else "no"
-            writer.writerow([data.names[row], findings, known, *values.round(4)])
-    plot_images(out / "anomaly.png", {"image": data.images[data.test[order[:5]], 0],
-                                      **{name: grids[order[:5]] for name, grids in maps.items()}})
-    if data.findings:
-        print_table(report)
-    if not afire:
+        print_table(report, arrays["labels"])
+    if not model:
         print("prototype and restoration are left out: they need AFiRe's head and decoder, at the "
-              f"image size of the run; grey levels: {run.levels if run else 'as in the files'}")
-    others = ", metrics.json, predictions.npz" if data.findings else ""
-    print(f"in {out}: scores.csv, anomaly.png{others}")
+              f"image size of the run; grey levels: {levels}")
+    print(f"in {out}: scores.csv, anomaly.png{', metrics.json, predictions.npz' if report else ''}")
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -1188,35 +1104,97 @@ def save_checkpoint(state, path):
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({error}): free space and resume") from error
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def find_checkpoint(path):
+    """The path of a checkpoint, or of the one in a run's folder: -> Path of a file."""
+    path = Path(path)
+    path = path / "checkpoint.pth" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}: name one, or make one with `pretrain`")
+    return path
 
 
 def read_checkpoint(path):
     """A dictionary of tensors and plain data; a file with anything else is refused, not run."""
-    path = Path(path, "checkpoint.pth") if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}: name one, or make it with `pretrain`")
+    path = find_checkpoint(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):   # DINO's options are in one
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                             # a broken file can raise anything
-        raise InputError(f"{path} holds more than tensors: save its state dict alone") from error
+        if zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80":       # zip or a pickle
+            reason = "holds more than tensors: save its state dict alone"
+        else:
+            reason = "is no checkpoint, or is cut off or damaged: get it again"
+        raise InputError(f"{path} {reason}") from error
 
 
-def load_encoder(path, img_size=None):
+def model_of_run(checkpoint, path):
+    """-> AFiRe with the weights of a run's checkpoint, and the run's PretrainOptions."""
+    try:
+        options = PretrainOptions(**checkpoint["config"])
+        model = build_model(options)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        encoder = path.with_name("encoder.pth")
+        raise InputError(f"{path} is a run of another version of afire.py, which alone can resume "
+                         "or evaluate it: give eval --ckpt or pretrain --init its encoder, "
+                         f"{encoder}") from error
+    return model, options
+
+
+def trained_images(checkpoint, path):
+    """Hashes of the files that a checkpoint was pre-trained on, to keep them out of the test."""
+    hashes = checkpoint.get("images", ["unknown"]) + checkpoint.get("earlier_images", [])
+    if "unknown" in hashes:
+        print(f"{path} does not say what it was trained on: that may be among the test images")
+    return hashes
+
+
+def load_models(path, img_size=None):
+    """-> {"checkpoint": (ViT, AFiRe), "random_init": (ViT, AFiRe)}, options, hashes of its images.
+
+    AFiRe and the PretrainOptions are None for an encoder alone, AFiRe also at another img_size.
+    """
+    path = find_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    hashes = trained_images(checkpoint, path)
+    run = None
+    if "history" in checkpoint:
+        trained, run = model_of_run(checkpoint, path)
+        if img_size in (None, run.img_size):
+            untrained = build_model(run)
+            models = {"checkpoint": (trained.teacher["encoder"], trained),
+                      "random_init": (untrained.teacher["encoder"], untrained)}
+            return models, run, hashes
+    encoder = load_encoder(path, img_size, checkpoint)
+    if encoder.sizes[2] != 3:
+        raise InputError(f"{path} takes {encoder.sizes[2]} channels: use an encoder of 3 channels")
+    torch.manual_seed(0)
+    models = {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}
+    return models, run, hashes
+
+
+def load_encoder(path, img_size=None, checkpoint=None):
     """The encoder of a checkpoint, ours, the release's, MAE's, DINO's or timm's: -> ViT.
 
-    The teacher's, if there is one [R]. Positions are interpolated to img_size pixels.
+    The teacher's, if there is one [R]. Positions are interpolated to img_size pixels. checkpoint:
+    the content of the file, if it has been read.
     """
     first = "patch_embed.proj.weight"
-    state = read_checkpoint(path)
+    state = checkpoint or read_checkpoint(path)
     for key in "teacher", "model", "state_dict":
         if isinstance(state.get(key), dict):
             state = state[key]
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
     if not prefixes:
         raise InputError(f"{path} holds no ViT: there is no {first} among {list(state)[:4]}")
-    prefix = max(prefixes, key=lambda name: "teacher" in name)         # a teacher's, if any
+    prefixes = [prefix for prefix in prefixes if "teacher" in prefix] or prefixes
+    if len(prefixes) > 1:
+        raise InputError(f"{path} holds several encoders, {' and '.join(prefixes)}: save the "
+                         "wanted one alone")
+    prefix = prefixes[0]
     state = {key.removeprefix(prefix): value for key, value in state.items()
              if key.startswith(prefix)}
     try:
@@ -1238,7 +1216,8 @@ def load_encoder(path, img_size=None):
         vit.load_state_dict({key: state[key] for key in vit.state_dict()})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds no complete ViT: {error}") from error
-    print(f"{path}: ViT of width {dim}, {depth} blocks, {heads} heads (assumed)")
+    print(f"{path}: took the encoder {prefix or 'without a prefix'}, a ViT of width {dim}, {depth} "
+          f"blocks, {heads} heads (assumed)")
     return vit
 
 
@@ -1251,37 +1230,12 @@ class Radiographs:
     images: np.ndarray            # (n, 1, S, S) uint8, memory-mapped
     labels: np.ndarray            # (n, F) bool
     findings: list                # F names
-    patients: list                # n names
+    patients: list                # n names; an image's own name where the patient is unknown
     hashes: list                  # n, of the files' bytes: an image is known by its content
-    train: np.ndarray             # rows to train on
-    test: np.ndarray              # rows held out
+    train: np.ndarray             # rows to train on. Unusable and equal files have a row, but are
+    test: np.ndarray              # neither in train nor among those held out, in test
     masks: np.ndarray             # (n, S, S) bool, where the findings are; (n, 1, 1) if unknown
-
-
-def is_dicom(path):
-    """Is it a DICOM file, whatever its suffix?"""
-    with open(path, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def read_dicom(path):
-    """A DICOM file as a viewer shows it: -> (H, W) float32, uint8 if it has no more than 8 bits."""
-    import pydicom                                         # the one package that is optional
-    file = pydicom.dcmread(path)
-    stored = file.pixel_array
-    kind = file.PhotometricInterpretation
-    if stored.ndim != 2 or not kind.startswith("MONOCHROME"):
-        raise ValueError(f"DICOM of {kind}, {stored.ndim} dimensions")
-    pixels = pydicom.pixels.apply_modality_lut(stored, file)
-    pixels = pydicom.pixels.apply_voi_lut(pixels, file).astype(np.float32)
-    if kind == "MONOCHROME1" or file.get("PresentationLUTShape") == "INVERSE":
-        pixels = 2.0 ** file.BitsStored - 1 - pixels
-    if file.get("PixelPaddingValue") is not None:
-        ends = (file.PixelPaddingValue, file.get("PixelPaddingRangeLimit", file.PixelPaddingValue))
-        padding = (stored >= min(ends)) & (stored <= max(ends))
-        pixels[padding] = pixels[~padding].min(initial=pixels.max())
-    in_8_bits = file.BitsStored <= 8 and pixels.min() >= 0 and pixels.max() <= 255
-    return pixels.round().astype(np.uint8) if in_8_bits else pixels.astype(np.float32)
+    split_by: str = "given"       # or "fixed fifth"
 
 
 def read_image(path, size, levels="file"):
@@ -1290,17 +1244,12 @@ def read_image(path, size, levels="file"):
     More than 8 bits are scaled between the 0.5 and the 99.5 percentile, as a burned-in marker is
     brighter than the rest. levels "equal": the histogram is equalised, as in MIMIC-CXR-JPG.
     """
-    if is_dicom(path):
-        image = Image.fromarray(read_dicom(path))
-    else:
-        with Image.open(path, formats=["PNG", "JPEG"]) as file:
-            file.draft("L", (size * 3 // 2, size * 3 // 2))    # a large JPEG at half size or less
-            image = ImageOps.exif_transpose(file)
+    with Image.open(path, formats=["PNG", "JPEG"]) as file:
+        file.draft("L", (size * 3 // 2, size * 3 // 2))    # a large JPEG at half size or less
+        image = ImageOps.exif_transpose(file)
     if image.mode[0] in "IF":
         pixels = np.asarray(image, np.float32)
         low, high = np.percentile(pixels, [0.5, 99.5])
-        if not math.isfinite(high - low):
-            raise ValueError("pixels that are not finite")
         pixels = (pixels - low) * (255 / max(high - low, 1e-6))
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     image = TF.resize(image.convert("L"), [size, size])
@@ -1308,13 +1257,15 @@ def read_image(path, size, levels="file"):
 
 
 def decode_files(paths, size, levels, cache):
-    """Decodes files once: -> images (n, 1, S, S) uint8, {row: hash}, {row: why it failed}.
+    """Decodes files once: -> images (n, 1, S, S) uint8, hashes (n), {row: why it is unusable}.
 
     The cache is a memory-mapped file of n records, shared by all runs. A record whose checksum is
     wrong is decoded again: after a failure, a power cut, or while another process is writing it.
     """
+    if not paths:
+        return np.empty((0, 1, size, size), np.uint8), [], {}
     versions = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    rules = inspect.getsource(read_dicom) + inspect.getsource(read_image)      # changed: a new file
+    rules = inspect.getsource(read_image)                  # whoever edits it gets a new cache
     key = hashlib.sha256(repr((rules, size, levels, versions)).encode()).hexdigest()[:16]
     file = Path(cache or "runs/cache", f"{key}.images")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -1325,8 +1276,8 @@ def decode_files(paths, size, levels, cache):
             os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
         stream.truncate(len(paths) * layout.itemsize)
     records = np.memmap(file, layout, "r+", shape=(len(paths),))
-    hashes = {}
-    failed = {}
+    hashes = [""] * len(paths)
+    unusable = {}
 
     def decode(row):
         record = records[row]                              # a view
@@ -1336,99 +1287,154 @@ def decode_files(paths, size, levels, cache):
                 record["hash"] = hashlib.sha256(paths[row].read_bytes()).hexdigest()[:16]
                 record["checksum"] = zlib.crc32(record.tobytes()[:-4])
             hashes[row] = record["hash"].decode()
+            if record["image"].min() == record["image"].max():
+                unusable[row] = "blank, of one grey level"
         except Exception as error:                         # a decoder can raise anything
-            shown = isinstance(error, (ValueError, ImportError))       # others name the file
-            failed[row] = str(error) if shown else type(error).__name__
+            unusable[row] = f"unreadable ({type(error).__name__})"
 
     rows = np.random.default_rng(os.getpid()).permutation(len(paths))  # processes share the work
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(tqdm(pool.map(decode, rows), "decode", len(rows), delay=1))
     records.flush()
-    return records["image"], hashes, failed
+    return records["image"], hashes, unusable
 
 
-def find_files(folder):
-    """Images below a folder: -> their sorted names, a Counter of what is skipped and why."""
+def find_files(folder, passed_over):
+    """Sorted names of the PNG and JPEG files below a folder; passed_over {reason: names} grows."""
+    def no_access(error):
+        passed_over["folders without access"].append(error.filename)
+
     names = []
-    skipped = collections.Counter()
-    for place, folders, files in os.walk(folder, onerror=lambda _: skipped.update(["no access"])):
-        skipped["links to folders"] += sum(Path(place, name).is_symlink() for name in folders)
-        for path in [Path(place, file) for file in files]:
+    for place, folders, files in os.walk(folder, onerror=no_access):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for path in [Path(place, name) for name in files + links]:
             name = path.relative_to(folder).as_posix()
-            parts = name.lower().split("/")
-            if any(part.startswith((".", "@", "$", "__macosx")) for part in parts):
-                skipped["hidden or of the system"] += 1
-            elif "masks" in parts[:-1]:
-                skipped["in folders called masks"] += 1
+            suffix = path.suffix.lower()
+            if re.search(r"(^|/)([.@$]|__MACOSX)", name):
+                passed_over["hidden or of the system"].append(name)
+            elif path.is_dir():
+                passed_over["links to folders"].append(name)
+            elif suffix in (".dcm", ".dicom"):
+                passed_over["DICOM: convert it with data/make_table.py"].append(name)
+            elif suffix not in (".png", ".jpg", ".jpeg"):
+                passed_over[f"{suffix or 'no suffix'}, not PNG or JPEG"].append(name)
             elif not (path.is_file() and os.access(path, os.R_OK)):
-                skipped["broken links or without access"] += 1
-            elif name.lower().endswith((".png", ".jpg", ".jpeg")) or is_dicom(path):
-                names.append(name)
+                passed_over["broken links or without access"].append(name)
             else:
-                skipped[f"{path.suffix or 'no suffix'}, not PNG, JPEG or DICOM"] += 1
-    return sorted(names), skipped
+                names.append(name)
+    return sorted(names)
 
 
-NORMAL = ("", "normal", "normals", "no finding", "nofinding", "no findings", "healthy")
-SPLITS = {"train": "train", "training": "train", "train images": "train",
-          "test": "test", "testing": "test", "test images": "test",
-          "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+def is_normal(name):
+    """Does a finding or a folder of this name mean that there is none? As in data/make_table.py."""
+    name = name.strip().lower()
+    return re.fullmatch(r"((normal|no[ _-]?finding|healthy)s?)?", name) is not None
+
+
+def speaks(folder):
+    """Does the name of a folder say something about findings, or about the split?"""
+    words = re.sub(r"[\W\d_]+", " ", folder.lower()).strip()
+    return bool(re.search(r"^(train|test|val)|\b(train|test|val|(normal|no ?finding|healthy)s?)\b",
+                          words))
+
+
+def read_folders(names, data, passed_over):
+    """Findings and split by folders' names, if nothing must be guessed: -> table as of read_table.
+
+    Images are normal if no folder speaks. CLASS/... or train/CLASS/... and test/CLASS/... is read,
+    as by torchvision's ImageFolder, if one class means normal; val/... is left out. Any other
+    folder that speaks raises an InputError.
+    """
+    folders = {}
+    for name in names:
+        parents = name.lower().replace("_", " ").split("/")[:-1]
+        if any("mask" in folder for folder in parents):
+            passed_over["in folders whose name contains mask"].append(name)
+        else:
+            folders[name] = parents
+    speaking = {folder for parents in folders.values() for folder in parents if speaks(folder)}
+    if not speaking:
+        shown = sorted({Path(name).parent.name for name in folders} - {""})[:5]
+        print("no folder's name speaks of findings or a split: all images count as normal, of the "
+              f"folders {', '.join(shown) or data}")
+        return {name: (set(), name, "") for name in folders}
+
+    tops = {parents[0] if parents else "" for parents in folders.values()}
+    has_split = {"train", "test"} <= tops <= {"train", "test", "val"}
+    table = {}
+    classes = set()
+    below = set()
+    for name, parents in folders.items():
+        split = parents.pop(0) if has_split else ""
+        if split == "val":
+            passed_over["of a validation split"].append(name)
+        elif not parents:
+            passed_over["beside the class folders"].append(name)
+        else:
+            classes.add(parents[0])
+            below.update(parents[1:])
+            table[name] = ({parents[0]} - {""} if not is_normal(parents[0]) else set(), name, split)
+    normal = {name for name in classes if is_normal(name)}
+    if len(normal) != 1 or any(speaks(folder) for folder in classes - normal | below):
+        raise InputError(f"{data} has folders called {', '.join(sorted(speaking)[:5])}, in no "
+                         "layout that is read: what they mean belongs in a table: python "
+                         f"data/make_table.py folders {data} > labels.csv")
+    return table
 
 
 def read_table(file):
     """CSV -> {image: (set of findings, patient, split)}; the patient is the image if not known."""
+    content = Path(file).read_bytes()
+    line = 1                                               # the first one of a row
     try:
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            reader = csv.reader(stream)
-            lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader if line]
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""),
+                                skipinitialspace=True, strict=True)
+        titles = [title.strip().lower() for title in reader.fieldnames or ()]
+        known = [title for title in titles if title in ("image", "findings", "patient", "split")]
+        if not {"image", "findings"} <= set(known) or len(set(known)) < len(known):
+            raise InputError(f"{file}, line 1: expected the columns image and findings, with "
+                             f"commas, once each, not {titles}")
+        ignored = [title or "without a title" for title in titles if title not in known]
+        if ignored:
+            print(f"{file}: ignored columns: {', '.join(ignored)}")
+        reader.fieldnames = titles
+        table = {}
+        line = reader.line_num + 1
+        for row in reader:
+            cells = {title: cell.strip() for title, cell in row.items() if title in known and cell}
+            name = cells.get("image", "")
+            split = cells.get("split", "")
+            if None in row or None in row.values() or split not in ("", "train", "test"):
+                raise InputError(f"{file}, line {line}: expected {len(titles)} cells, and train, "
+                                 "test or nothing as split")
+            findings = {finding.strip().lower() for finding in cells.get("findings", "").split("|")
+                        if not is_normal(finding)}
+            value = (findings, cells.get("patient") or name, split)
+            if any(cells.values()) and table.setdefault(name, value) != value:
+                raise InputError(f"{file}, line {line}: conflicting rows for {name}: keep one")
+            line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise InputError(f"{file}, line {line}: not UTF-8: save the table as UTF-8") from error
     except csv.Error as error:
-        raise InputError(f"{file} is not a CSV file: {error}") from error
-    titles = lines[0][1] if lines else []
-    if not {"image", "findings"} <= set(titles) or len(set(titles)) < len(titles):
-        raise InputError(f"{file} needs columns image and findings, with commas, all of "
-                         f"them once: it has {titles}")
-    table = {}
-    for number, line in lines[1:]:
-        cells = dict(zip(titles, line))
-        split = cells.get("split", "")
-        if len(line) != len(titles) or split not in ("", "train", "test"):
-            raise InputError(f"{file}, line {number}: expected {len(titles)} cells, and "
-                             "train, test or nothing as split")
-        findings = {name.strip().lower() for name in cells["findings"].split("|")}
-        row = (findings.difference(NORMAL), cells.get("patient") or cells["image"], split)
-        if table.setdefault(cells["image"], row) != row:
-            raise InputError(f"{file}, line {number}: conflicting rows for {cells['image']}, keep "
-                             "one")
+        raise InputError(f"{file}, line {line}: {error}: is a quote not closed?") from error
     return table
 
 
-def class_folders(names, skipped):
-    """Findings and split by folders: -> {name: row} as read_table.
-
-    Classes are the folders called normal, no_finding or healthy and those beside one; without any,
-    no findings are known. Folders called train and test are the split, if there is one called test.
-    """
-    folders = {name: name.lower().replace("_", " ").split("/")[:-1] for name in names}
-    class_parts = {name: [part for part in parts if part not in SPLITS]
-                   for name, parts in folders.items()}
-    class_parents = {tuple(parts[:i]) for parts in class_parts.values()
-                     for i, part in enumerate(parts) if part in NORMAL}
-    table = {}
-    for name, parts in class_parts.items():
-        classes = [part for i, part in enumerate(parts) if tuple(parts[:i]) in class_parents]
-        split = next((SPLITS[part] for part in folders[name] if part in SPLITS), "")
-        if class_parents and not classes:
-            skipped["outside the class folders"] += 1
-        elif split == "val":
-            skipped["of a validation split"] += 1
-        else:
-            table[name] = (set(classes[:1]).difference(NORMAL), name, split)
-    if "test" not in [split for _, _, split in table.values()]:
-        table = {name: (findings, name, "") for name, (findings, _, _) in table.items()}
-    return table
+def write_table(file, data):
+    """The images used, as a table that --labels takes; its last column says who made the split."""
+    test = set(data.test)
+    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["image", "findings", "patient", "split", "split_by"])
+        for row in np.union1d(data.train, data.test):
+            findings = "|".join(np.array(data.findings)[data.labels[row]])
+            patient = data.patients[row] if data.patients[row] != data.names[row] else ""
+            split = "test" if row in test else "train"
+            writer.writerow([data.names[row], findings, patient, split, data.split_by])
 
 
-def split_patients(table, skipped):
+def split_patients(table, passed_over):
     """The split of a table, or a fixed fifth of its patients as test: -> {name: train or test}."""
     if not any(split for _, _, split in table.values()):
         return {name: "test" if zlib.crc32(os.fsencode(patient)) % 1000 < 200 else "train"
@@ -1437,65 +1443,68 @@ def split_patients(table, skipped):
     splits = {}
     for name, (_, patient, split) in table.items():
         if not split:
-            skipped["without a split"] += 1
+            passed_over["without a split"].append(name)
         elif split == "train" and patient in tested:
-            skipped["in train, of patients in test"] += 1
+            passed_over["in train, of patients in test"].append(name)
         else:
             splits[name] = split
     return splits
 
 
 def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
-    """Radiographs of a folder, with labels of a CSV or of class folders; without both, phantoms."""
+    """Radiographs of a folder, with the findings of a CSV or of folders; without both, phantoms."""
     if not data and not labels:
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
         raise InputError("--data must be the folder that holds the images, and in which --labels "
                          f"names them, not {data}")
-    files, skipped = find_files(data)
+    passed_over = collections.defaultdict(list)            # reason: names
+    files = find_files(data, passed_over)
     if labels:
         rows = read_table(labels)
         table = {name: rows[name] for name in files if name in rows}
-        skipped[f"without a row in {labels}"] = len(files) - len(table)
-        print(f"{labels}: {len(rows) - len(table)} rows without a file")
+        passed_over[f"without a row in {labels}"] = [name for name in files if name not in rows]
+        missing = sorted(rows.keys() - table.keys())
+        example = f" (first: {missing[0]})" if missing else ""
+        print(f"{labels}: {len(missing)} rows without a file{example}")
     else:
-        table = class_folders(files, skipped)
-    splits = split_patients(table, skipped)
+        table = read_folders(files, data, passed_over)
+    splits = split_patients(table, passed_over)
     names = list(splits)
-    paths = [Path(data, name).absolute() for name in names]
-    images, hashes, failed = decode_files(paths, img_size, levels, cache) if paths else ([], {}, {})
-    skipped.update(f"unreadable ({reason})" for reason in failed.values())
-    first = {}                                             # content: the row of its first file
-    findings_of = collections.defaultdict(set)             # content: findings of all its files
-    for row in sorted(hashes):
-        first.setdefault(hashes[row], row)
-        findings_of[hashes[row]] |= table[names[row]][0]
-    skipped["equal to another image"] = len(hashes) - len(first)
-    reasons = "; ".join(f"{n} {reason}" for reason, n in skipped.most_common() if n) or "nothing"
-    if not first:
-        raise InputError(f"--data {data} has no image to use (passed over: {reasons}): it needs "
-                         "PNG, JPEG or DICOM files, and --labels paths below it")
-    kept = list(first.values())
-    if len(kept) < len(names):                             # decode these into a cache of their own
-        images, again, _ = decode_files([paths[row] for row in kept], img_size, levels, cache)
-        if list(first) != [again.get(i) for i in range(len(kept))]:
-            raise InputError(f"files in {data} changed while they were read: start again")
-    names = [names[row] for row in kept]
+    images, hashes, unusable = decode_files([Path(data, name).absolute() for name in names],
+                                            img_size, levels, cache)
+    for row, reason in unusable.items():
+        passed_over[reason].append(names[row])
+
+    findings_of = [set() if row in unusable else table[name][0] for row, name in enumerate(names)]
+    findings = sorted(set().union(*findings_of))
+    truth = np.array([[name in present for name in findings] for present in findings_of], bool)
+    first = {}                                             # row of a content
+    for row, content in enumerate(hashes):
+        if row not in unusable and first.setdefault(content, row) != row:
+            passed_over["equal to another image"].append(names[row])
+            truth[first[content]] |= truth[row]            # the first has the findings of all
+    used = np.array(list(first.values()), int)
+    reasons = [f"{len(group)} {reason} (first: {min(group)})"
+               for reason, group in sorted(passed_over.items()) if group]
+    if not len(used):
+        raise InputError(f"--data {data} has no image to use (passed over: "
+                         f"{'; '.join(reasons) or 'nothing'}): it needs PNG or JPEG files, and "
+                         "--labels paths below it")
+
     patients = [table[name][1] for name in names]
-    findings = sorted(set().union(*findings_of.values()))
-    truth = np.array([[finding in findings_of[key] for finding in findings] for key in first], bool)
-    test = np.array([splits[name] == "test" for name in names])
-    print(f"{data}: {len(names)} images, {(~truth.any(1)).sum()} of them normal; passed over: "
-          f"{reasons}")
-    folders = sorted({Path(name).parent.name for name in names})
-    print(f"findings by {labels or 'class folders'}: {', '.join(findings)}" if findings else
-          f"no findings are known: all images count as normal, of the folders {folders[:5]}")
-    unknown = sum(patient == name for patient, name in zip(patients, names))
-    print(f"patients unknown: {unknown} images count as {unknown} people; name them with --labels"
-          if unknown else f"{len(names)} images of {len(set(patients))} patients")
-    print(f"{(~test).sum()} images to train on, {test.sum()} held out")
-    return Radiographs(names, images, truth, findings, patients, list(first), np.flatnonzero(~test),
-                       np.flatnonzero(test), np.zeros((len(names), 1, 1), bool))
+    unknown = sum(patients[row] == names[row] for row in used)
+    held_out = np.array([splits[names[row]] == "test" for row in used])
+    split_by = "given" if any(split for _, _, split in table.values()) else "fixed fifth"
+    for reason in reasons:
+        print(f"passed over: {reason}")
+    print(f"{data}: {len(used)} images, {(~truth[used].any(1)).sum()} of them normal; findings: "
+          f"{', '.join(findings) or 'none known'}")
+    note = f"; {unknown} images without one count as one each: name them with --labels"
+    print(f"{len({patients[row] for row in used})} patients{note if unknown else ''}")
+    print(f"{(~held_out).sum()} images to train on, {held_out.sum()} held out (split: {split_by})")
+    return Radiographs(names, images, truth, findings, patients, hashes, used[~held_out],
+                       used[held_out], np.zeros((len(names), 1, 1), bool), split_by)
 
 
 # ---- Phantoms ------------------------------------------------------------------------------------
@@ -1510,7 +1519,7 @@ def ellipse(x, y, width, height, blur):
     return edge(width * (1 - np.hypot(x / width, y / height)), blur)
 
 
-def radiograph(rng, size):
+def draw_phantom(rng, size):
     """One image (size, size) uint8, labels (3,) bool and masks (3, size, size) bool of findings."""
     labels = rng.random(3) < 0.2
     draw = rng.uniform
@@ -1561,7 +1570,7 @@ def phantoms(n, size, seed=0):
 
     -> images (n, 1, size, size) uint8, labels (n, F) bool, masks (n, F, size, size) bool, F names.
     """
-    drawn = [radiograph(np.random.default_rng((seed, i)), size) for i in range(n)]
+    drawn = [draw_phantom(np.random.default_rng((seed, i)), size) for i in range(n)]
     images, labels, masks = (np.stack(parts) for parts in zip(*drawn))
     return images[:, None], labels, masks, ["nodule", "effusion", "cardiomegaly"]
 
@@ -1591,14 +1600,15 @@ def plot_images(file, columns):
 
 
 @torch.no_grad()
-def plot_restoration(file, afire, normal):
+def plot_restoration(file, model, normal):
     """x, x', which tokens are hidden, and x' with these restored: images (B, 1, H, W)."""
     lesioned, mask = synthetic_lesion_mask(normal, torch.Generator().manual_seed(0))
-    abnormal = abnormal_tokens(mask, afire.patch_size)                         # (B, L)
-    restored = afire.decoder(afire.student["encoder"](normalise(lesioned)), abnormal)
-    restored = (restored[:, 1:2] * 0.224 + 0.456).clamp(0, 1)  # one channel, no longer normalised
-    hidden = unpatchify(abnormal.unsqueeze(2).expand(-1, -1, afire.patch_size ** 2),
-                        afire.patch_size)                                      # (B, 1, H, W) bool
+    abnormal = abnormal_tokens(mask, model.patch_size)                         # (B, L)
+    restored = model.decoder(model.student["encoder"](normalise(lesioned)), abnormal)
+    black, white = normalise(torch.tensor([0.0, 1.0], device=normal.device).view(2, 1, 1, 1))
+    restored = ((restored - black) / (white - black))[:, 1:2].clamp(0, 1)      # one channel
+    hidden = unpatchify(abnormal.unsqueeze(2).expand(-1, -1, model.patch_size ** 2),
+                        model.patch_size)                                      # (B, 1, H, W) bool
     columns = {"x": normal, "x' = x + M": lesioned,
                "hidden tokens": lesioned.masked_fill(hidden, 0),
                "hidden restored": torch.where(hidden, restored, lesioned)}
@@ -1609,12 +1619,11 @@ def plot_restoration(file, afire, normal):
 
 def main(argv=None):
     """python afire.py pretrain | eval: bad input ends in one sentence and status 2."""
-    rank = int(os.environ.get("RANK", 0))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may have any bytes
+    options = None
     try:
-        if rank >= int(os.environ.get("WORLD_SIZE", 1)):
-            raise InputError(f"RANK is {rank} without a larger WORLD_SIZE: use torchrun")
+        rank, _ = processes()
         if rank > 0:
             sys.stdout = open(os.devnull, "w", errors="replace")   # only the first process prints
         options = parse_arguments(argv)
@@ -1626,7 +1635,8 @@ def main(argv=None):
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same `pretrain` command resumes after the last whole epoch")
+        resumes = isinstance(options, PretrainOptions)
+        print("\nstopped" + ": the same command resumes after the last whole epoch" * resumes)
         sys.exit(130)
 
 

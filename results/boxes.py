@@ -23,19 +23,21 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
+from finetune import finetune  # noqa: E402
 
 
 def read_boxes(file, data, folder):
     """Masks of the pixels that the boxes of an image touch: -> {name: mask (S, S) bool}.
 
-    data: Radiographs of the folder. Images that their boxes fill are left out: nothing to locate.
+    data: Radiographs of the folder, of which those in train or test count. Images that their boxes
+    fill are left out: nothing to locate.
     """
     size = data.images.shape[-1]
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
         boxes = list(csv.DictReader(stream))
     if not boxes or not {"image", "finding", "x", "y", "w", "h"} <= boxes[0].keys():
         raise afire.InputError(f"{file} needs the columns image, finding, x, y, w, h, and a box")
-    names = set(data.names)
+    names = {data.names[row] for row in np.union1d(data.train, data.test)}
     present = [box for box in boxes if box["image"] in names]
     print(f"{file}: {len(boxes)} boxes, {len(boxes) - len(present)} of them in no image of the set")
     if not present:
@@ -79,7 +81,7 @@ def grad_cam(encoder, weight, images):
     return afire.unpatchify(cam, 1).squeeze(1)
 
 
-def maps_of_network(encoder, whole, data, normals, rows, device, steps=100):
+def maps_of_network(encoder, model, data, normals, rows, device, steps=100):
     """All maps of images[rows]: -> {score: (T, side, side)}. Grad-CAM learns from data.train."""
     def cams_of(network, weight):
         def in_batches(part):
@@ -89,16 +91,24 @@ def maps_of_network(encoder, whole, data, normals, rows, device, steps=100):
         # Tokens differ more by position than by finding: the normal images' mean is subtracted [D].
         return (in_batches(rows) - in_batches(normals).mean(0)).clamp_min(0).cpu().numpy()
 
-    maps = afire.anomaly_maps(data.images, rows, device, encoder, whole, normals)
+    maps = afire.anomaly_maps(data.images, rows, device, encoder, model, normals)
     x = afire.in_batches(lambda images: afire.features(encoder, images).mean(1), data.images,
                          data.train, device).cpu()
     any_finding = dataclasses.replace(data, labels=data.labels.any(1, keepdims=True),
                                       findings=["any"])
     weight, _ = afire.linear_probe(x, torch.from_numpy(any_finding.labels[data.train]))    # (D, 1)
     maps["Grad-CAM, probe"] = cams_of(encoder, weight[:, 0].to(device))
-    tuned, layer = afire.finetune(encoder, any_finding, data.train, steps, device)
+    tuned, layer = finetune(encoder, any_finding, data.train, steps, device)
     maps["Grad-CAM, tuned"] = cams_of(tuned, layer.weight[0])
     return maps
+
+
+def best_dice(scores, truth):
+    """Dice at the threshold where it is highest: scores (n,), truth (n,) bool -> float."""
+    _, rank = np.unique(-scores, return_inverse=True)      # 0 is the highest score
+    predicted = np.bincount(rank).cumsum()                 # positives at each threshold
+    true_positives = np.bincount(rank, truth).cumsum()
+    return float((2 * true_positives / (predicted + truth.sum())).max())
 
 
 def localisation(grids, masks, patients, resamples=1000):
@@ -109,10 +119,11 @@ def localisation(grids, masks, patients, resamples=1000):
     """
     grids = torch.from_numpy(grids).unsqueeze(1)                               # (T, 1, side, side)
     maps = F.interpolate(grids, masks.shape[1:], mode="bilinear").numpy()      # (T, 1, S, S)
-    pixels = [afire.detection(scores.ravel(), mask.ravel()) for scores, mask in zip(maps, masks)]
-    values = {"AUROC": [image["auroc"] for image in pixels],
-              "Dice": [image["dice"] for image in pixels],
-              "pointing": [mask.flat[scores.argmax()] for scores, mask in zip(maps, masks)]}
+    values = {"AUROC": [], "Dice": [], "pointing": []}
+    for scores, mask in zip(maps.reshape(len(maps), -1), masks.reshape(len(masks), -1)):
+        values["AUROC"].append(afire.auroc(scores, mask))
+        values["Dice"].append(best_dice(scores, mask))
+        values["pointing"].append(mask[scores.argmax()])
     _, person = np.unique(patients, return_inverse=True)
     images_of = np.bincount(person)
     drawn = np.random.default_rng(0).integers(len(images_of), size=(resamples, len(images_of)))
@@ -133,40 +144,40 @@ def plot_boxes(file, images, masks, maps):
 
 def evaluate(options):
     """Tests on images with a box, of patients that neither pre-training nor the probe has seen."""
-    device = afire.find_device("auto")
-    path = Path(options.ckpt)
-    path = path / "checkpoint.pth" if path.is_dir() else path
-    models, run = afire.load_models(path)
+    device = afire.get_device("auto")
+    path = afire.find_checkpoint(options.ckpt)
+    models, run, trained_on = afire.load_models(path)
     size = models["checkpoint"][0].sizes[0]
     data = afire.load_radiographs(options.data, size, labels=options.labels,
                                   levels=run.levels if run else "file")
     masks = read_boxes(options.boxes, data, options.data)
     patients = np.array(data.patients)
-    boxed = np.isin(data.names, list(masks))                                   # (n,)
-    seen = np.isin(data.hashes, afire.trained_images(path))
+    used = np.union1d(data.train, data.test)
+    boxed = used[np.isin(np.array(data.names)[used], list(masks))]
+    seen = used[np.isin(np.array(data.hashes)[used], trained_on)]
     data.train = data.train[~np.isin(patients[data.train], patients[boxed])]
-    data.test = np.flatnonzero(boxed & ~np.isin(patients, patients[seen]))     # (T,)
-    normal = ~data.labels[data.train].any(1)
-    normals = np.random.default_rng(0).permutation(data.train[normal])[:1000]
+    data.test = boxed[~np.isin(patients[boxed], patients[seen])]               # (T,)
+    normals = afire.normal_references(data)
+    abnormal = data.labels[data.train].any(1)
     print(f"testing on {len(data.test)} images of {len(set(patients[data.test]))} patients; "
-          f"{boxed.sum() - len(data.test)} left out, as pre-training has seen these patients")
-    if not len(data.test) or len(normals) < 2 or normal.all():
+          f"{len(boxed) - len(data.test)} left out, as pre-training has seen these patients")
+    if not len(data.test) or len(normals) < 2 or not abnormal.any():
         raise afire.InputError(f"{len(data.test)} images to test on, {len(normals)} normal and "
-                               f"{(~normal).sum()} other images to learn from: all are needed")
+                               f"{abnormal.sum()} other images to learn from: all are needed")
 
     truth = np.stack([masks[data.names[row]] for row in data.test])            # (T, S, S)
     out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "boxes")
     out.mkdir(parents=True, exist_ok=True)
     report = {}
     print(f"{'mean (95 % interval)':31}{'AUROC':24}{'Dice':24}pointing game")
-    for name, (encoder, whole) in models.items():
-        (whole or encoder).to(device).eval().requires_grad_(False)
-        maps = maps_of_network(encoder, whole, data, normals, data.test, device)
+    for name, (encoder, model) in models.items():
+        (model or encoder).to(device).eval().requires_grad_(False)
+        maps = maps_of_network(encoder, model, data, normals, data.test, device)
         report[name] = {}
         for score, grids in maps.items():
             report[name][score] = localisation(grids, truth, patients[data.test])
-            cells = ["{:.3f} ({:.3f} to {:.3f})  ".format(figures["mean"], *figures["ci95"])
-                     for figures in report[name][score].values()]
+            cells = ["{:.3f} ({:.3f} to {:.3f})  ".format(metric["mean"], *metric["ci95"])
+                     for metric in report[name][score].values()]
             print(f"{score:17}{name:14}{''.join(cells)}")
         if name == "checkpoint":
             plot_boxes(out / "boxes.png", data.images[data.test[:5], 0], truth[:5],

@@ -23,8 +23,8 @@ def crop(images, generator=None, centre=None, offset=0):
     The arguments are those of synthetic_lesion_mask; centre is not used. Returns crops and mask,
     shaped like images (B, 1, S, S). The mask is empty: no token is abnormal, and L_cate is 0.
     """
-    draws = afire.uniform((offset + len(images), 4), generator, images.device)
-    side, angle, x, y = draws[offset:].unbind(1)                               # (B,) each
+    draws = torch.rand(offset + len(images), 4, generator=generator)[offset:]
+    side, angle, x, y = draws.to(images.device).unbind(1)                      # (B,) each
     side = 0.5 + 0.35 * side
     angle = math.radians(10) * (2 * angle - 1)
     cos = side * angle.cos()

@@ -20,11 +20,11 @@ import afire  # noqa: E402
 
 def load_run(folder):
     """-> models as of afire.load_models, options, Radiographs without tests on trained images."""
-    models, run = afire.load_models(folder)
+    models, run, trained_on = afire.load_models(folder)
     if run is None:
         raise afire.InputError(f"{folder} is not the folder of a run of afire.py")
     data = afire.load_radiographs(run.data, run.img_size, labels=run.labels, levels=run.levels)
-    seen = np.isin(data.hashes, afire.trained_images(folder))                  # (n,)
+    seen = np.isin(data.hashes, trained_on)                                    # (n,)
     data.test = data.test[~seen[data.test]]
     return models, run, data
 
@@ -32,9 +32,8 @@ def load_run(folder):
 def score_run(folder):
     """-> the arrays of predictions.npz, of 2 T images: T films, then the same with lesions."""
     models, _, data = load_run(folder)
-    normal = ~data.labels.any(1)
-    test = data.test[normal[data.test]]                                        # (T,)
-    normals = np.random.default_rng(0).permutation(data.train[normal[data.train]])[:1000]
+    test = data.test[~data.labels[data.test].any(1)]                           # (T,)
+    normals = afire.normal_references(data)                                    # (N,)
     if min(len(test), len(normals)) < 2:
         raise afire.InputError(f"{folder} has {len(test)} normal films to test on and "
                                f"{len(normals)} to compare with: two of each are needed")
@@ -53,10 +52,10 @@ def score_run(folder):
     patients = np.tile(np.array(data.patients)[test], 2)
     arrays = {"images": rows, "patients": patients, "findings": np.array(["lesion"]),
               "labels": masks.any((1, 2))[:, None], "masks": masks}
-    device = afire.find_device("auto")
-    for name, (encoder, whole) in models.items():
-        whole.to(device).eval().requires_grad_(False)
-        maps = afire.anomaly_maps(images, rows, device, encoder, whole, np.arange(n))
+    device = afire.get_device("auto")
+    for name, (encoder, model) in models.items():
+        model.to(device).eval().requires_grad_(False)
+        maps = afire.anomaly_maps(images, rows, device, encoder, model, np.arange(n))
         arrays |= {f"{name}/{score}": grids for score, grids in maps.items()}
     return arrays
 

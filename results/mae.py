@@ -1,33 +1,66 @@
 #!/usr/bin/env python3
 """Pre-trains a masked autoencoder (He et al., CVPR 2022) on the same encoder, decoder and images.
 
-    python results/mae.py pretrain --keep 0.25 --epochs 103 --out runs/mae ...
+    python results/mae.py pretrain --epochs 103 --out runs/mae ...
 
-The options are those of afire.py, in one process; --keep is the fraction of the tokens that the
-encoder sees. The optimiser, its schedules and the moving average are AFiRe's too. The head is not
-trained and the decoder predicts normalised patches: the anomaly scores `prototype` and
-`restoration` of `afire.py eval`, and restoration.png, mean nothing for such a run.
+The options are those of afire.py, in one process; resume such a run with this script. The encoder
+sees a quarter of the tokens. The optimiser, its schedules and the moving average are AFiRe's too.
+The head is not trained and the decoder predicts normalised patches: the anomaly scores `prototype`
+and `restoration` of `afire.py eval`, and restoration.png, mean nothing for such a run.
 """
 
+import functools
+import math
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
+
+KEEP = 0.25                                                # fraction of the tokens that are visible
+afire_pretrain = afire.pretrain
+
+
+def hide_patches(images, generator=None, centre=None, offset=0, *, patch_size):
+    """Hides random patches of images (B, 1, S, S).
+
+    The arguments are those of synthetic_lesion_mask, of which centre is not used. Returns the
+    images as they are, and a mask (B, 1, S, S), 1 in hidden patches and 0 in the others.
+    """
+    num_patches = (images.shape[3] // patch_size) ** 2
+    draws = torch.rand(offset + len(images), num_patches, generator=generator)[offset:]
+    order = draws.to(images.device).argsort(1)                                 # (B, L)
+    visible = order[:, :math.ceil(KEEP * num_patches)]                         # (B, V)
+    hidden = torch.ones_like(order, dtype=images.dtype).scatter(1, visible, 0)     # (B, L)
+    mask = hidden.unsqueeze(2).expand(-1, -1, patch_size ** 2)                 # (B, L, p * p)
+    return images, afire.unpatchify(mask, patch_size)
+
+
+def encode_visible(vit, x, visible):
+    """Encodes tokens at the positions visible (B, V) only: (B, C, H, W) -> (B, 1 + V, D)."""
+    x = vit.patch_embed["proj"](x).flatten(2).transpose(1, 2)                  # (B, L, D)
+    x = x + vit.pos_embed[:, 1:]
+    x = x.gather(1, visible.unsqueeze(2).expand(-1, -1, x.shape[2]))           # (B, V, D)
+    class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
+    return vit.norm(vit.blocks(torch.cat([class_token, x], 1)))
 
 
 class MAE(afire.AFiRe):
     """AFiRe's encoder and decoder with MAE's loss: hidden patches restored from visible ones."""
 
-    def forward(self, normal, lesioned, mask, prototype_momentum=None, visible=None):
-        """The arguments of AFiRe; only normal (B, 1, H, W) and visible (B, V) are used."""
-        if visible is None:
-            raise afire.InputError("an MAE hides tokens: choose --keep below 1, such as 0.25")
+    def forward(self, normal, lesioned, mask):
+        """The arguments of AFiRe; normal (B, 1, S, S) and a mask by hide_patches are used."""
         x = afire.normalise(normal)
-        tokens = self.student["encoder"](x, visible)                           # (B, 1 + V, D)
-        tokens, hidden = afire.put_back(tokens, visible, self.num_patches)
+        hidden = afire.abnormal_tokens(mask, self.patch_size)                  # (B, L)
+        visible = (~hidden).nonzero()[:, 1].view(len(x), -1)                   # (B, V), sorted
+        encoded = encode_visible(self.student["encoder"], x, visible)          # (B, 1 + V, D)
+        B, _, D = encoded.shape
+        place = F.pad(visible + 1, (1, 0))                 # 0 is the class token's, (B, 1 + V)
+        place = place.unsqueeze(2).expand(-1, -1, D)
+        tokens = encoded.new_zeros(B, 1 + self.num_patches, D).scatter(1, place, encoded)
         restored = afire.patchify(self.decoder(tokens, hidden), self.patch_size)
         target = afire.patchify(x, self.patch_size)                            # (B, L, C * p * p)
         variance, mean = torch.var_mean(target, 2, keepdim=True)
@@ -37,6 +70,13 @@ class MAE(afire.AFiRe):
         return {"loss": loss, "structure": nothing, "category": nothing, "restoration": loss}
 
 
-if __name__ == "__main__":
+def pretrain(options):
+    """afire.pretrain with MAE in the place of AFiRe and hidden patches in the place of lesions."""
     afire.AFiRe = MAE
+    afire.synthetic_lesion_mask = functools.partial(hide_patches, patch_size=options.patch_size)
+    afire_pretrain(options)
+
+
+if __name__ == "__main__":
+    afire.pretrain = pretrain
     afire.main()

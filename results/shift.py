@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a test set of moved films: those held out, zoomed by up to 20 % and moved by up to 6 %.
+"""Makes a test set of reframed films: those held out, zoomed by up to 20 %, moved by up to 6 %.
 
     python results/shift.py --data chest_xray/train --labels people.csv --out shifted
     python afire.py eval --ckpt runs/afire --data shifted --labels shifted/labels.csv \\
@@ -63,7 +63,7 @@ def main(argv=None):
             rows.append([name, findings, data.patients[row], split])
     with open(out / "labels.csv", "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([["image", "findings", "patient", "split"], *rows])
-    print(f"in {out}: {len(data.test)} moved films to test on, {len(data.train)} as they are")
+    print(f"in {out}: {len(data.test)} reframed films to test on, {len(data.train)} as they are")
 
 
 if __name__ == "__main__":
