@@ -235,18 +235,6 @@ class Attention(nn.Module):
         return self.proj(x.flatten(2))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: (B, T, D) -> (B, T, D)."""
 
@@ -255,11 +243,12 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))                        # (B, T, 4 D)
+        return x + self.mlp["fc2"](hidden)
 
 
 class ViT(nn.Module):
@@ -510,8 +499,8 @@ class DataOptions:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            minimum = field.metadata.get("minimum")
-            if field.metadata and isinstance(value, (int, float)) and not value >= minimum:
+            minimum = field.metadata.get("minimum", 0)
+            if isinstance(value, (int, float)) and not value >= minimum:       # nor is NaN
                 name = field.name.replace("_", "-")
                 raise InputError(f"--{name} {value}: choose at least {minimum}")
 
@@ -703,13 +692,8 @@ def processes():
 
 
 def resume(trainer, path, run):
-    """Loads an interrupted run of the same options and images into the trainer: -> its state.
-
-    run: the state of a new run.
-    """
+    """Loads an interrupted run into the trainer: -> its state, if it fits run, a new run's."""
     checkpoint = read_checkpoint(path)
-    if "history" not in checkpoint:
-        raise InputError(f"{path} is not of a run of afire.py: name another --out")
     model, _ = model_of_run(checkpoint, path)
     before = {**checkpoint["config"], "images": checkpoint["images"]}
     now = {**run["config"], "images": run["images"]}
@@ -744,7 +728,8 @@ def pretrain(options):
     normals = data.train[~data.labels[data.train].any(1)]
     if not len(normals):
         present = np.array(data.findings)[data.labels[data.train].any(0)]
-        raise InputError(f"no image in train is normal; its findings are: {', '.join(present)}")
+        raise InputError("no image in train is normal; its findings are: "
+                         f"{', '.join(present) or 'none, as it is empty'}")
     if len(normals) < options.batch_size:
         raise InputError(f"--batch-size must be at most {len(normals)}, the normal images in train")
     print(f"preset {options.preset}: pre-training on {len(normals)} normal images (excluded: "
@@ -1044,9 +1029,9 @@ def evaluate(options):
         (model or encoder).to(device).eval().requires_grad_(False)
     encoder, model = models["checkpoint"]
     levels = run.levels if run else "file"
-    if run and not options.data:
-        options = dataclasses.replace(options, data=run.data, labels=options.labels or run.labels)
-    data = load_radiographs(options.data, encoder.sizes[0], labels=options.labels, levels=levels)
+    source = run if run and not options.data else options
+    data = load_radiographs(source.data, encoder.sizes[0], labels=options.labels or source.labels,
+                            levels=levels)
     seen = np.isin(data.hashes, trained_on)                                    # (n,)
     folder = path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
     out = Path(options.out or folder / "eval")
@@ -1058,8 +1043,7 @@ def evaluate(options):
         data.test = data.test[~seen[data.test]]
         normals = normal_references(data)
         if min(len(normals), (~data.labels[data.test].any(1)).sum()) < 2:
-            raise InputError(f"--data {options.data}: two normal images are needed in train, and "
-                             "two in test")
+            raise InputError(f"--data {source.data} needs two normal images in train, two in test")
         arrays = {"images": np.array(data.names)[data.test],
                   "patients": np.array(data.patients)[data.test],
                   "findings": np.array(data.findings),
@@ -1136,11 +1120,10 @@ def model_of_run(checkpoint, path):
         options = PretrainOptions(**checkpoint["config"])
         model = build_model(options)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        encoder = path.with_name("encoder.pth")
-        raise InputError(f"{path} is a run of another version of afire.py, which alone can resume "
-                         "or evaluate it: give eval --ckpt or pretrain --init its encoder, "
-                         f"{encoder}") from error
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is not of a run of this version of afire.py: name another --out, "
+                         "or give eval --ckpt or pretrain --init the run's encoder, "
+                         f"{find_checkpoint(path).with_name('encoder.pth')}") from error
     return model, options
 
 
@@ -1157,23 +1140,20 @@ def load_models(path, img_size=None):
 
     AFiRe and the PretrainOptions are None for an encoder alone, AFiRe also at another img_size.
     """
-    path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     hashes = trained_images(checkpoint, path)
     run = None
     if "history" in checkpoint:
         trained, run = model_of_run(checkpoint, path)
         if img_size in (None, run.img_size):
-            untrained = build_model(run)
-            models = {"checkpoint": (trained.teacher["encoder"], trained),
-                      "random_init": (untrained.teacher["encoder"], untrained)}
+            both = {"checkpoint": trained, "random_init": build_model(run)}
+            models = {name: (model.teacher["encoder"], model) for name, model in both.items()}
             return models, run, hashes
     encoder = load_encoder(path, img_size, checkpoint)
     if encoder.sizes[2] != 3:
         raise InputError(f"{path} takes {encoder.sizes[2]} channels: use an encoder of 3 channels")
     torch.manual_seed(0)
-    models = {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}
-    return models, run, hashes
+    return {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}, run, hashes
 
 
 def load_encoder(path, img_size=None, checkpoint=None):
@@ -1301,27 +1281,24 @@ def decode_files(paths, size, levels, cache):
 
 def find_files(folder, passed_over):
     """Sorted names of the PNG and JPEG files below a folder; passed_over {reason: names} grows."""
-    def no_access(error):
-        passed_over["folders without access"].append(error.filename)
-
     names = []
-    for place, folders, files in os.walk(folder, onerror=no_access):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        for path in [Path(place, name) for name in files + links]:
-            name = path.relative_to(folder).as_posix()
-            suffix = path.suffix.lower()
-            if re.search(r"(^|/)([.@$]|__MACOSX)", name):
-                passed_over["hidden or of the system"].append(name)
-            elif path.is_dir():
-                passed_over["links to folders"].append(name)
-            elif suffix in (".dcm", ".dicom"):
-                passed_over["DICOM: convert it with data/make_table.py"].append(name)
-            elif suffix not in (".png", ".jpg", ".jpeg"):
-                passed_over[f"{suffix or 'no suffix'}, not PNG or JPEG"].append(name)
-            elif not (path.is_file() and os.access(path, os.R_OK)):
-                passed_over["broken links or without access"].append(name)
-            else:
-                names.append(name)
+    for path in Path(folder).rglob("*"):                   # does not enter links to folders
+        name = path.relative_to(folder).as_posix()
+        suffix = path.suffix.lower()
+        if path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK):
+            continue
+        if re.search(r"(^|/)([.@$]|__MACOSX)", name):
+            passed_over["hidden or of the system"].append(name)
+        elif path.is_dir():
+            passed_over["links to folders, or folders without access"].append(name)
+        elif suffix in (".dcm", ".dicom"):
+            passed_over["DICOM: convert it with data/make_table.py"].append(name)
+        elif suffix not in (".png", ".jpg", ".jpeg"):
+            passed_over[f"{suffix or 'no suffix'}, not PNG or JPEG"].append(name)
+        elif not (path.is_file() and os.access(path, os.R_OK)):
+            passed_over["broken links or without access"].append(name)
+        else:
+            names.append(name)
     return sorted(names)
 
 
@@ -1345,18 +1322,15 @@ def read_folders(names, data, passed_over):
     as by torchvision's ImageFolder, if one class means normal; val/... is left out. Any other
     folder that speaks raises an InputError.
     """
-    folders = {}
-    for name in names:
-        parents = name.lower().replace("_", " ").split("/")[:-1]
-        if any("mask" in folder for folder in parents):
-            passed_over["in folders whose name contains mask"].append(name)
-        else:
-            folders[name] = parents
+    masks = [name for name in names if "mask" in name.lower().rpartition("/")[0]]
+    passed_over["in folders whose name contains mask"] = masks
+    folders = {name: name.lower().replace("_", " ").split("/")[:-1]
+               for name in sorted(set(names).difference(masks))}
     speaking = {folder for parents in folders.values() for folder in parents if speaks(folder)}
     if not speaking:
         shown = sorted({Path(name).parent.name for name in folders} - {""})[:5]
-        print("no folder's name speaks of findings or a split: all images count as normal, of the "
-              f"folders {', '.join(shown) or data}")
+        print("no folder is called after findings or a split, so all images count as normal: "
+              f"{', '.join(shown) or data}")
         return {name: (set(), name, "") for name in folders}
 
     tops = {parents[0] if parents else "" for parents in folders.values()}
@@ -1373,9 +1347,9 @@ def read_folders(names, data, passed_over):
         else:
             classes.add(parents[0])
             below.update(parents[1:])
-            table[name] = ({parents[0]} - {""} if not is_normal(parents[0]) else set(), name, split)
+            table[name] = (set() if is_normal(parents[0]) else {parents[0]}, name, split)
     normal = {name for name in classes if is_normal(name)}
-    if len(normal) != 1 or any(speaks(folder) for folder in classes - normal | below):
+    if len(normal) != 1 or any(speaks(name) for name in classes - normal | below):
         raise InputError(f"{data} has folders called {', '.join(sorted(speaking)[:5])}, in no "
                          "layout that is read: what they mean belongs in a table: python "
                          f"data/make_table.py folders {data} > labels.csv")
@@ -1435,20 +1409,20 @@ def write_table(file, data):
 
 
 def split_patients(table, passed_over):
-    """The split of a table, or a fixed fifth of its patients as test: -> {name: train or test}."""
-    if not any(split for _, _, split in table.values()):
-        return {name: "test" if zlib.crc32(os.fsencode(patient)) % 1000 < 200 else "train"
-                for name, (_, patient, _) in table.items()}
+    """-> {name: train or test}; "given", or "fixed fifth" (of the patients, as test)."""
     tested = {patient for _, patient, split in table.values() if split == "test"}
+    given = any(split for _, _, split in table.values())
     splits = {}
     for name, (_, patient, split) in table.items():
-        if not split:
+        if not given:
+            splits[name] = "test" if zlib.crc32(os.fsencode(patient)) % 1000 < 200 else "train"
+        elif not split:
             passed_over["without a split"].append(name)
         elif split == "train" and patient in tested:
             passed_over["in train, of patients in test"].append(name)
         else:
             splits[name] = split
-    return splits
+    return splits, "given" if given else "fixed fifth"
 
 
 def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
@@ -1456,46 +1430,43 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     if not data and not labels:
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
-        raise InputError("--data must be the folder that holds the images, and in which --labels "
-                         f"names them, not {data}")
+        raise InputError(f"--data {data} must be the folder below which --labels names the images")
     passed_over = collections.defaultdict(list)            # reason: names
     files = find_files(data, passed_over)
     if labels:
         rows = read_table(labels)
         table = {name: rows[name] for name in files if name in rows}
         passed_over[f"without a row in {labels}"] = [name for name in files if name not in rows]
-        missing = sorted(rows.keys() - table.keys())
-        example = f" (first: {missing[0]})" if missing else ""
-        print(f"{labels}: {len(missing)} rows without a file{example}")
+        missing = rows.keys() - table.keys()
+        if missing:
+            print(f"{labels}: {len(missing)} rows without a file (first: {min(missing)})")
     else:
         table = read_folders(files, data, passed_over)
-    splits = split_patients(table, passed_over)
+    splits, split_by = split_patients(table, passed_over)
     names = list(splits)
     images, hashes, unusable = decode_files([Path(data, name).absolute() for name in names],
                                             img_size, levels, cache)
-    for row, reason in unusable.items():
-        passed_over[reason].append(names[row])
 
-    findings_of = [set() if row in unusable else table[name][0] for row, name in enumerate(names)]
-    findings = sorted(set().union(*findings_of))
-    truth = np.array([[name in present for name in findings] for present in findings_of], bool)
+    present = [table[name][0] for name in names]           # a set of findings for each image
     first = {}                                             # row of a content
-    for row, content in enumerate(hashes):
-        if row not in unusable and first.setdefault(content, row) != row:
-            passed_over["equal to another image"].append(names[row])
-            truth[first[content]] |= truth[row]            # the first has the findings of all
+    for row, name in enumerate(names):
+        if row in unusable:
+            passed_over[unusable[row]].append(name)
+        elif first.setdefault(hashes[row], row) != row:
+            passed_over["equal to another image"].append(name)
+            present[first[hashes[row]]] |= present[row]    # the first has the findings of all
     used = np.array(list(first.values()), int)
     reasons = [f"{len(group)} {reason} (first: {min(group)})"
                for reason, group in sorted(passed_over.items()) if group]
     if not len(used):
-        raise InputError(f"--data {data} has no image to use (passed over: "
-                         f"{'; '.join(reasons) or 'nothing'}): it needs PNG or JPEG files, and "
-                         "--labels paths below it")
-
+        raise InputError(f"--data {data} has no image to use: give PNG or JPEG files, and --labels "
+                         f"paths below it; passed over: {'; '.join(reasons) or 'nothing'}")
+    findings = sorted(set().union(*[present[row] for row in used]))
+    truth = np.array([[name in found for name in findings] for found in present], bool)
     patients = [table[name][1] for name in names]
     unknown = sum(patients[row] == names[row] for row in used)
     held_out = np.array([splits[names[row]] == "test" for row in used])
-    split_by = "given" if any(split for _, _, split in table.values()) else "fixed fifth"
+
     for reason in reasons:
         print(f"passed over: {reason}")
     print(f"{data}: {len(used)} images, {(~truth[used].any(1)).sum()} of them normal; findings: "

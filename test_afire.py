@@ -1687,10 +1687,9 @@ def test_what_failed_is_tried_again_and_nothing_else_is_decoded_again(tmp_path, 
     for _ in range(2):
         assert set(findings_of(load(folder))) == {"a.png", "b.png", "c.png"}
     assert read.call_count == 5 + 5
-    cache = f"{folder}.cache"
-    image = afire.load_radiographs(folder, 8, levels="equal", cache=cache).images[0, 0]
-    assert np.array_equal(image, afire.read_image(folder / "a.png", 8, "equal"))
-    assert np.array_equal(load(folder).images[0, 0], afire.read_image(folder / "a.png", 8))
+    for levels in "file", "equal":
+        data = afire.load_radiographs(folder, 32, levels=levels, cache=f"{folder}.cache")
+        assert np.array_equal(data.images[0, 0], afire.read_image(folder / "a.png", 32, levels))
     for seed in 9, 10:                                     # two files of the same size
         Image.fromarray(film(seed, 24)).save(folder / "a.png", compress_level=0)
         os.utime(folder / "a.png", (seed, seed))
