@@ -3,8 +3,8 @@
 
 A single-file reference implementation of Liu, He, Wen, Yang and Chen, AAAI 2025 (arXiv:2504.10972).
 A Vision Transformer is pre-trained on *normal* chest radiographs only, with two tasks on tokens:
-(I) a position shows the same anatomy in every patient, so its tokens are contrasted with a
-prototype of that position; (II) synthetic lesions are added, and the normal image is restored.
+(I) a position shows the same anatomy in every patient, so its tokens are drawn to a prototype
+of that position; (II) synthetic lesions are added, and the normal image is restored.
 
                         teacher: moving average of the student
     x  normal --------> encoder --E^T--> head --Q^T--> mean over images --> P --Sinkhorn--> C
@@ -59,15 +59,16 @@ from tqdm import tqdm
 # ---- Synthetic lesion mask (Fig. 2, left) --------------------------------------------------------
 
 def otsu_threshold(levels):
-    """Otsu's threshold (1979), pixels above it are bright: (B, H, W) in 0..255 -> (B,)."""
+    """Otsu's threshold (1979); pixels above it are bright: (B, H, W) in 0..255 -> (B,)."""
     levels = levels.flatten(1)                                                 # (B, H * W)
     counts = torch.zeros(len(levels), 256, device=levels.device)
     counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
-    n = counts.cumsum(1)                                       # pixels up to a level, (B, 256)
-    s = (counts * torch.arange(256, device=levels.device)).cumsum(1)           # their sum
-    n_all = n[:, -1:]
-    mean = s[:, -1:] / n_all
-    between_classes = (mean * n - s) ** 2 / (n * (n_all - n)).clamp_min(1)     # variance, (B, 256)
+    below = counts.cumsum(1)                                   # pixels up to a level, (B, 256)
+    total = (counts * torch.arange(256, device=levels.device)).cumsum(1)       # sum of their levels
+    n = below[:, -1:]
+    mean = total[:, -1:] / n
+    # The variance between the two classes, up to a factor, (B, 256)
+    between_classes = (mean * below - total) ** 2 / (below * (n - below)).clamp_min(1)
     return between_classes.argmax(1)
 
 
@@ -97,7 +98,7 @@ def largest_region(bright, rounds=12):
 def enclosing_circle_centre(region, steps=80):
     """The centre of the smallest circle around a region: (B, H, W) bool -> (B, 2), y and x."""
     # Badoiu and Clarkson (2003): step i moves 1/i of the way to the farthest point; 80 steps end
-    # within 2.5 px at 224. The farthest point is the first or the last of its row.
+    # within 2.5 px at 224. Only the first and the last pixel of a row can be farthest.
     B, H, W = region.shape
     row = torch.arange(H, device=region.device, dtype=torch.float)
     column = torch.arange(W, device=region.device, dtype=torch.float)
@@ -145,7 +146,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     Only lesion pixels are clipped at 235 / 255, and none is darkened [D; R: the whole image].
 
     images (B, 1, H, W) in [0, 1]; centre (B, 2) as from texture_centre, computed if not given;
-    offset: number of images in the batch before these, of other processes: their draws are skipped.
+    offset: images of the batch that earlier processes hold; their random numbers are skipped.
     Returns lesioned x' and mask M, both shaped like images; x' == x where M == 0.
     """
     B, _, H, W = images.shape
@@ -154,7 +155,7 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     if centre is None:
         centre = texture_centre(images)
 
-    # Texture: the 60 x 60 px around the centre, shifted to lie inside (for an image of 224 px).
+    # Texture: 60 x 60 px (at 224; scaled with the image) around the centre, shifted to lie inside.
     h = max(1, round(60 * H / 224))
     w = max(1, round(60 * W / 224))
     top = (centre[:, 0] - h / 2).round().clamp(0, H - h).long()                # (B,)
@@ -168,12 +169,12 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     window = torch.exp(-(u ** 2 + v ** 2) / 0.5)                               # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
 
-    # Five random numbers for each of 4 lesions, of which the first 1 to 4 exist.
+    # Five random numbers for each of 4 lesions; the first one's count says how many exist.
     source = generator.device if generator else device
     draws = torch.rand((offset + B, 4, 5), generator=generator, device=source)[offset:]
     draws = draws.to(device, non_blocking=True).unsqueeze(3)
-    height, width, y, x, number = draws.unbind(2)                              # (B, 4, 1)
-    exists = torch.arange(4, device=device).view(4, 1) <= (4 * number[:, :1]).floor()   # (B, 4, 1)
+    height, width, y, x, count = draws.unbind(2)                               # (B, 4, 1)
+    exists = torch.arange(4, device=device).view(4, 1) <= (4 * count[:, :1]).floor()   # (B, 4, 1)
 
     # Resizing and placing is linear and separable: a lesion is rows @ texture @ columns^T.
     rows = bilinear_weights(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
@@ -313,7 +314,7 @@ class AnatomyHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim))
         # Only the direction of a row counts; its length sets how slowly it turns. Rows of N(0, 1)
         # are long (sqrt(bottleneck_dim)), so that the encoder learns, not the last layers alone:
-        # with short rows a position's tokens hardly gathered (silhouette .01 instead of .31) [D].
+        # with short rows tokens of a position barely clustered (silhouette .01, not .31) [D].
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         for layer in self.mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)        # [R] truncates at 100 std
@@ -354,7 +355,7 @@ class SpatialPrototypes(nn.Module):
 
     @torch.no_grad()
     def update(self, teacher_logits):
-        """P <- m P + (1 - m) mean of teacher_logits (B, L, K) over images; at first P <- mean."""
+        """P <- m P + (1 - m) mean of teacher_logits (B, L, K); the first update copies the mean."""
         mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
         # P is 0 before the first update only; `if P.any()` would wait for the GPU.
         weight = torch.where(self.prototypes.any(), 1 - self.momentum, 1.0)
@@ -393,12 +394,12 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
     logits (B, L, K), prototypes (L, K), normal and abnormal (B, L) bool -> scalar. Positions
     without both kinds of token are ignored; 0 if none is left.
     """
-    # eps keeps the gradient at a vector of zeros within the range of half precision.
+    # eps: the gradient of zero vectors stays finite in half precision.
     s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
     contrasted = abnormal.any(0)                           # positions with a negative, (L,)
     positive = normal & contrasted                                             # (B, L)
-    # The log of the mean over negatives. Other positions keep all tokens, only so that no gradient
-    # is that of an empty logsumexp, which is not a number.
+    # The log of the mean over negatives. Positions without one keep all tokens, as the gradient of
+    # an empty logsumexp is NaN; they are not in `positive`.
     log_sum = s.masked_fill(~abnormal & contrasted, -math.inf).logsumexp(0)    # (L,)
     log_mean = log_sum - abnormal.sum(0).clamp_min(1).log()
     # - log(exp s / (exp s + m)) = softplus(log m - s)
@@ -562,9 +563,13 @@ def parse_arguments(argv=None):
     typed = vars(parser.parse_args(argv))                  # SUPPRESS leaves only what was typed
     if typed.pop("command") == "eval":
         return EvalOptions(**typed)
-    preset = "paper" if torch.cuda.is_available() and typed.get("device") != "cpu" else "small"
-    preset = preset if typed.get("data") else "phantoms"
-    preset = typed.setdefault("preset", preset)
+    if not typed.get("data"):
+        default = "phantoms"
+    elif torch.cuda.is_available() and typed.get("device") != "cpu":
+        default = "paper"
+    else:
+        default = "small"
+    preset = typed.setdefault("preset", default)
     return PretrainOptions(**{**PRESETS[preset], **typed})
 
 
@@ -692,7 +697,7 @@ def processes():
 
 
 def resume(trainer, path, run):
-    """Loads an interrupted run into the trainer: -> its state, if it fits run, a new run's."""
+    """Loads an interrupted run into the trainer: -> its state. run: a new one's, to agree with."""
     checkpoint = read_checkpoint(path)
     model, _ = model_of_run(checkpoint, path)
     before = {**checkpoint["config"], "images": checkpoint["images"]}
@@ -715,6 +720,8 @@ def pretrain(options):
     """
     rank, world = processes()
     device = get_device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                      # where this process's NCCL works
     if options.img_size % options.patch_size or options.batch_size % world:
         raise InputError("--img-size must be a multiple of --patch-size, and --batch-size of the "
                          f"number of processes ({world})")
@@ -749,14 +756,15 @@ def pretrain(options):
         checkpoint = read_checkpoint(options.init)
         encoder = load_encoder(options.init, options.img_size, checkpoint)
         if encoder.sizes != trainer.model.student["encoder"].sizes:
-            raise InputError(f"--init {options.init}: other sizes than --arch and --patch-size")
+            raise InputError(f"--init {options.init} does not fit --arch and --patch-size")
         for network in trainer.model.student, trainer.model.teacher:
             network["encoder"].load_state_dict(encoder.state_dict())
         run["earlier_images"] = trained_images(checkpoint, options.init)
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(run["config"], indent=2))
-        write_table(out / "table.csv", data)
+        if run["epoch"] == 0:
+            write_table(out / "table.csv", data)
     train(trainer, data.images, normals, run, out, world)
     if rank == 0:
         save_checkpoint(trainer.model.teacher["encoder"].state_dict(), out / "encoder.pth")
@@ -1042,17 +1050,20 @@ def evaluate(options):
             print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
         data.test = data.test[~seen[data.test]]
         normals = normal_references(data)
-        if min(len(normals), (~data.labels[data.test].any(1)).sum()) < 2:
-            raise InputError(f"--data {source.data} needs two normal images in train, two in test")
+        tested = (~data.labels[data.test].any(1)).sum()
+        if min(len(normals), tested) < 2:
+            raise InputError(f"--data {source.data} has {len(normals)} normal images in train and "
+                             f"{tested} in test: two of each are needed")
         arrays = {"images": np.array(data.names)[data.test],
                   "patients": np.array(data.patients)[data.test],
                   "findings": np.array(data.findings),
                   "labels": data.labels[data.test], "masks": data.masks[data.test]}
-        for name, (network, whole) in models.items():
-            report[name], results = evaluate_network(network, whole, data, normals, device)
+        for name, pair in models.items():
+            report[name], results = evaluate_network(*pair, data, normals, device)
             arrays |= {f"{name}/{key}": array for key, array in results.items()}
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
     elif model:
+        print("no findings are known: all images are scored, without metrics")
         data.test = np.union1d(data.train, data.test)
         maps = anomaly_maps(data.images, data.test, device, encoder, model)
     else:
@@ -1225,6 +1236,8 @@ def read_image(path, size, levels="file"):
     brighter than the rest. levels "equal": the histogram is equalised, as in MIMIC-CXR-JPG.
     """
     with Image.open(path, formats=["PNG", "JPEG"]) as file:
+        if file.mode[0] not in "IF" and "16" in str(file.tile[0][3]):
+            raise ValueError("16 bits in colour")          # Pillow would drop the lower 8
         file.draft("L", (size * 3 // 2, size * 3 // 2))    # a large JPEG at half size or less
         image = ImageOps.exif_transpose(file)
     if image.mode[0] in "IF":
@@ -1250,11 +1263,14 @@ def decode_files(paths, size, levels, cache):
     file = Path(cache or "runs/cache", f"{key}.images")
     file.parent.mkdir(parents=True, exist_ok=True)
     layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size)), ("checksum", "<u4")])
-    file.touch()
-    with open(file, "r+b") as stream:
-        if hasattr(os, "posix_fallocate"):                 # a full disk fails here, not by SIGBUS
-            os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
-        stream.truncate(len(paths) * layout.itemsize)
+    try:
+        file.touch()
+        with open(file, "r+b") as stream:
+            if hasattr(os, "posix_fallocate"):             # a full disk fails here, not by SIGBUS
+                os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
+            stream.truncate(len(paths) * layout.itemsize)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from error
     records = np.memmap(file, layout, "r+", shape=(len(paths),))
     hashes = [""] * len(paths)
     unusable = {}
@@ -1270,7 +1286,8 @@ def decode_files(paths, size, levels, cache):
             if record["image"].min() == record["image"].max():
                 unusable[row] = "blank, of one grey level"
         except Exception as error:                         # a decoder can raise anything
-            unusable[row] = f"unreadable ({type(error).__name__})"
+            known = isinstance(error, ValueError)          # other errors name the file
+            unusable[row] = f"unreadable ({error if known else type(error).__name__})"
 
     rows = np.random.default_rng(os.getpid()).permutation(len(paths))  # processes share the work
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -1311,8 +1328,8 @@ def is_normal(name):
 def speaks(folder):
     """Does the name of a folder say something about findings, or about the split?"""
     words = re.sub(r"[\W\d_]+", " ", folder.lower()).strip()
-    return bool(re.search(r"^(train|test|val)|\b(train|test|val|(normal|no ?finding|healthy)s?)\b",
-                          words))
+    part = r"^(train|test|val)|\b(train(ing|set)?|test(ing|set|s)?|val(id|idation)?)\b"
+    return bool(re.search(rf"{part}|\b(normal|no ?finding|healthy)s?\b", words))
 
 
 def read_folders(names, data, passed_over):
@@ -1342,7 +1359,7 @@ def read_folders(names, data, passed_over):
         split = parents.pop(0) if has_split else ""
         if split == "val":
             passed_over["of a validation split"].append(name)
-        elif not parents:
+        elif not parents or not parents[0].strip():
             passed_over["beside the class folders"].append(name)
         else:
             classes.add(parents[0])
@@ -1368,7 +1385,8 @@ def read_table(file):
         if not {"image", "findings"} <= set(known) or len(set(known)) < len(known):
             raise InputError(f"{file}, line 1: expected the columns image and findings, with "
                              f"commas, once each, not {titles}")
-        ignored = [title or "without a title" for title in titles if title not in known]
+        ignored = [title or "without a title" for title in titles
+                   if title not in (*known, "split_by")]               # ours, for people to read
         if ignored:
             print(f"{file}: ignored columns: {', '.join(ignored)}")
         reader.fieldnames = titles
@@ -1378,7 +1396,7 @@ def read_table(file):
             cells = {title: cell.strip() for title, cell in row.items() if title in known and cell}
             name = cells.get("image", "")
             split = cells.get("split", "")
-            if None in row or None in row.values() or split not in ("", "train", "test"):
+            if any(row.pop(None, [])) or None in row.values() or split not in ("", "train", "test"):
                 raise InputError(f"{file}, line {line}: expected {len(titles)} cells, and train, "
                                  "test or nothing as split")
             findings = {finding.strip().lower() for finding in cells.get("findings", "").split("|")
@@ -1430,7 +1448,7 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     if not data and not labels:
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
-        raise InputError(f"--data {data} must be the folder below which --labels names the images")
+        raise InputError(f"--data {data} is no folder: name the one that holds the images")
     passed_over = collections.defaultdict(list)            # reason: names
     files = find_files(data, passed_over)
     if labels:
@@ -1471,7 +1489,7 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
         print(f"passed over: {reason}")
     print(f"{data}: {len(used)} images, {(~truth[used].any(1)).sum()} of them normal; findings: "
           f"{', '.join(findings) or 'none known'}")
-    note = f"; {unknown} images without one count as one each: name them with --labels"
+    note = f"; {unknown} images without one count as one each (--labels can name them)"
     print(f"{len({patients[row] for row in used})} patients{note if unknown else ''}")
     print(f"{(~held_out).sum()} images to train on, {held_out.sum()} held out (split: {split_by})")
     return Radiographs(names, images, truth, findings, patients, hashes, used[~held_out],

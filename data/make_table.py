@@ -178,6 +178,9 @@ def by_folders(paths, patient=""):
     trees = {path: class_folders(path) for path in paths}
     beside = {folder.place for folders in trees.values() for folder in folders
               if is_normal_folder(folder.stem)}
+    if not beside and any(NORMAL.search(name) for path in paths for name in path.split("/")[:-1]):
+        raise InputError("a folder's name has a word for normal in it, but none means it: rename "
+                         "the folder of normal images NORMAL")
     if paths and not beside:
         print("no folder is called NORMAL or the like: all images are normal", file=sys.stderr)
     rows = []

@@ -166,7 +166,8 @@ def evaluate(options):
                                f"{abnormal.sum()} other images to learn from: all are needed")
 
     truth = np.stack([masks[data.names[row]] for row in data.test])            # (T, S, S)
-    out = Path(options.out or (path.parent if run else Path("runs", path.stem)) / "boxes")
+    folder = path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
+    out = Path(options.out or folder / "boxes")
     out.mkdir(parents=True, exist_ok=True)
     report = {}
     print(f"{'mean (95 % interval)':31}{'AUROC':24}{'Dice':24}pointing game")
