@@ -997,8 +997,9 @@ def print_table(report, labels):
         for level in "image", "pixel":
             for score, metrics in network["anomaly"].items():
                 area = metrics[f"{level}_auroc"]
-                yield (f"abnormal {level}s by {score}", area,
-                       "no masks of findings" if math.isnan(area) else "")
+                unknown = level == "pixel" and math.isnan(area)
+                note = "no masks of findings" if unknown else ""
+                yield f"abnormal {level}s by {score}", area, note
 
     print(f"{'AUROC':36}{'trained':>9}{'untrained':>11}")
     both = zip(rows(report["checkpoint"]), rows(report["random_init"]))

@@ -769,13 +769,15 @@ def test_a_moved_run_resumes_but_not_with_other_options_or_images(run, radiograp
     moved_set = shutil.copytree(radiographs, tmp_path / "set")
     command = pretraining(moved_set, moved_run)
     before = load_run(moved_run)
-    for change in "--arch vit_small", "--seed 7", "--lr 1", "--epochs 9":
+    used = (moved_run / "table.csv").read_bytes()
+    for change in "--arch vit_small", "--seed 7", "--lr 1", "--epochs 9", "--levels file":
         assert change.split()[0].strip("-") in refusal(capsys, [*command, *change.split()])
     removed = next((moved_set / "train/NORMAL").glob("[0-9]*"))
     content = removed.read_bytes()
     removed.unlink()
     assert "images" in refusal(capsys, command)
     assert equal(load_run(moved_run), before), "it was left as it was"
+    assert (moved_run / "table.csv").read_bytes() == used
     removed.write_bytes(content)
     afire.main(command)
     assert json.loads((moved_run / "config.json").read_text())["data"] == str(moved_set)
@@ -830,6 +832,10 @@ def test_two_processes_train_as_one_and_evaluate_once(run, radiographs, tmp_path
                  f"{script}", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pre-training on") == done.stdout.count("AUROC") == 1
+    shown = re.findall(r"\d+", re.search("pre-training on.*", done.stdout)[0])
+    normal, train, test = [len(list(radiographs.glob(files))) for files in
+                           ("train/NORMAL/[0-9]*", "train/*/[0-9]*", "test/*/*")]
+    assert [int(count) for count in shown] == [normal, train - normal, test]
     assert [file.name for file in tmp_path.glob("rank*")] == ["rank0"]
     together, log = load_run(tmp_path / "run")
     alone, log_alone = load_run(run)
@@ -855,8 +861,10 @@ def test_processes_without_torchrun_are_one_sentence(monkeypatch, capsys, comman
 
 def test_init_starts_the_encoders_and_hands_on_what_was_trained_on(run, radiographs, tmp_path):
     """The images of the earlier run stay known, though they are not among the new ones."""
-    afire.main([*pretraining(radiographs / "test", tmp_path),
-                "--init", str(run / "checkpoint.pth"), "--lr", "0"])
+    command = [*pretraining(radiographs / "test", tmp_path),
+               "--init", str(run / "checkpoint.pth"), "--lr", "0"]
+    interrupt(command, 1)
+    afire.main(command)
     before = load_run(run)[0]
     after = load_run(tmp_path)[0]
     assert set(after["earlier_images"]) == set(before["images"])
@@ -968,17 +976,17 @@ def test_linear_probe_is_scikit_learns_ridge():
 
 
 def test_learn_from_few_counts_labels_and_takes_training_rows_only():
-    labels = np.random.default_rng(0).random((500, 2)) < 0.5
-    labels[:, 1] = False
-    train = np.arange(100, 400)
+    labels = np.random.default_rng(0).random((500, 3)) < 0.5
+    labels[:, 1:] = [False, True]
+    train = np.arange(100, 390)
     drawn = []
-    scores = afire.learn_from_few(lambda rows: drawn.append(rows) or np.zeros((7, 2)), labels,
+    scores = afire.learn_from_few(lambda rows: drawn.append(rows) or np.zeros((7, 3)), labels,
                                   train)
     assert {share: draws.shape for share, draws in scores.items()} == {
-        "1%": (5, 7, 2), "10%": (5, 7, 2), "100%": (1, 7, 2)}
-    assert [len(set(rows)) for rows in drawn] == 5 * [3] + 5 * [30] + [300]
+        "1%": (5, 7, 3), "10%": (5, 7, 3), "100%": (1, 7, 3)}
+    assert [len(set(rows)) for rows in drawn] == 5 * [3] + 5 * [29] + [290]
     assert set(np.concatenate(drawn)) == set(train) and not np.array_equal(*drawn[5:7])
-    assert np.isnan(scores["100%"][0, :, 1]).all(), "of one class nothing can be learned"
+    assert np.isnan(scores["100%"][0, :, 1:]).all(), "of one class nothing can be learned"
 
 
 def small_set(n=240, size=32):
@@ -1090,6 +1098,8 @@ def test_the_teacher_is_evaluated_beside_the_initial_weights(run):
     models, options, _ = afire.load_models(run, 48)                    # another image size
     assert models["checkpoint"][0].sizes[0] == 48 and models["checkpoint"][1] is None
     assert options.levels == "equal" and options.data
+    twice = [afire.load_models(run / "encoder.pth")[0]["random_init"][0] for _ in range(2)]
+    assert equal(*[encoder.state_dict() for encoder in twice])
 
 
 def test_eval_compares_with_normal_training_images_and_shows_the_most_abnormal(
@@ -1135,6 +1145,14 @@ def test_what_is_tested_on_is_not_learned_from():
     data.labels[data.test] = np.random.default_rng(0).random((40, 1)) < 0.5
     after = afire.evaluate_network(encoder, None, data, data.train[:9], CPU)[1]
     assert_close(after, before, equal_nan=True)
+
+
+def test_the_table_says_what_is_undefined(capsys):
+    linear = {"1%": {"macro_auroc": 0.7, "per_finding": {"a": 0.7, "b": math.nan, "c": math.nan}}}
+    network = {"linear": linear, "anomaly": {"x": {"image_auroc": 0.6, "pixel_auroc": math.nan}}}
+    afire.print_table({"checkpoint": network, "random_init": network}, np.eye(3, dtype=bool))
+    printed = capsys.readouterr().out
+    assert re.search(r"0\.700 +0\.700 +1 of 3", printed) and "nan" not in printed
 
 
 def read_scores(folder):
@@ -1238,6 +1256,8 @@ def test_what_was_trained_on_is_known_by_content_wherever_it_lies(run, radiograp
         if data.name == "moved":
             assert scored and not trained & scored.keys()
             assert re.search(r"[1-9]\d* test images left out", printed)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"moved", "scores.csv", "anomaly.png"}, "none of the first evaluation"
     assert "count as normal" in printed and len(scored) == len(list(data.iterdir()))
     marked = {content for content, row in scored.items() if row["pretrained_on"] == "yes"}
     assert marked == trained & scored.keys() != set()
@@ -1595,8 +1615,9 @@ def test_the_table_of_a_run_gives_the_same_set_again(run, radiographs):
         rows = getattr(data, part), getattr(again, part)
         assert [data.hashes[row] for row in rows[0]] == [again.hashes[row] for row in rows[1]]
     with open(run / "table.csv", newline="") as stream:
-        assert {(row["patient"], row["split_by"]) for row in csv.DictReader(stream)} == {
-            ("", "given")}
+        rows = list(csv.DictReader(stream))
+    assert {row["image"] for row in rows} == findings_of(data).keys()
+    assert {(row["patient"], row["split_by"]) for row in rows} == {("", "given")}
 
 
 def test_without_a_split_a_fixed_fifth_of_the_patients_is_held_out(tmp_path, capsys):
@@ -1804,6 +1825,7 @@ def test_nobody_and_no_content_is_in_both_parts_and_the_counts_add_up(files, row
     if data:
         patients = np.array(data.patients)
         assert not set(patients[data.train]) & set(patients[data.test])
+        assert f"\n{len({patients[row] for row in (*data.train, *data.test)})} patients" in printed
         assert len({data.hashes[row] for row in (*data.train, *data.test)}) == len(findings)
         assert findings.keys() <= usable
         for name, found in findings.items():
@@ -1897,6 +1919,7 @@ MISTAKES = {
     FINE + "--init {tmp}/no.pth": "no.pth",
     FINE + "--init {run}/checkpoint.pth --patch-size 16": "checkpoint.pth",
     "eval --ckpt {run} --img-size 0": "img-size", "eval --ckpt {tmp}/nowhere": "nowhere",
+    "eval --ckpt {run} --labels {tmp}/odd.csv": "odd.csv",
     "eval --ckpt {tmp}/odd.csv": "odd.csv", "eval --ckpt {run} --data {tmp}/sick": "sick",
     "eval --ckpt {run}/encoder.pth --data {tmp}/fine": "--labels",
     "eval --ckpt {run}/encoder.pth --data {tmp}/fine --img-size 30": "img-size"}

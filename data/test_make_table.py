@@ -228,8 +228,9 @@ def test_folders(tmp_path):
     rows_of_people, counts = make_table("folders", tmp_path, "--patient", r"P\d+")
     assert rows_of_people == rows and left_out(counts) == [1, 1, 1, 1]
     assert make_table("folders", tmp_path, "--patient", r"(P\d)\d+")[0][2].endswith(",P0,test")
-    assert make_table("folders", tmp_path)[0] == [re.sub(r"P\d+,(\w*)$", r",\1", row)
-                                                  for row in rows]
+    unknown, counts = make_table("folders", tmp_path)
+    assert unknown == [re.sub(r"P\d+,(\w*)$", r",\1", row) for row in rows]
+    assert "all: 4 images of 4 patients" in counts
     assert "P002_x.JPG" in make_table("folders", tmp_path, "--patient", "P00[13]", status=2)[1]
     (tmp_path / "testing/COVID/P003.png").unlink()              # no test: no split, no valid
     assert make_table("folders", tmp_path, "--patient", r"P\d+")[0] == [
@@ -495,11 +496,14 @@ def test_8_bits_keep_their_levels(tmp_path, interpretation):
     dicom(tmp_path / "in/a.dcm", pixels, interpretation, bits=8)
     wide = dicom(tmp_path / "in/b", pixels, interpretation, bits=8, WindowCenter=128,
                  WindowWidth=900)                               # 256 levels in a third of the range
+    bright = dicom(tmp_path / "in/c", pixels, interpretation, bits=8, RescaleSlope=2,
+                   RescaleIntercept=0)                          # 114 to 276: above 255 too
     convert(tmp_path / "in")
     with Image.open(tmp_path / "in.png/a.dcm.png") as image:
         expected = 255 - pixels if interpretation == "MONOCHROME1" else pixels
         assert image.mode == "L" and np.array_equal(image, expected)
-    assert_same_up_to_scaling(tmp_path / "in.png/b.png", shown_by_pydicom(wide))
+    for name, dataset in ("b", wide), ("c", bright):
+        assert_same_up_to_scaling(tmp_path / f"in.png/{name}.png", shown_by_pydicom(dataset))
 
 
 @pytest.mark.parametrize("padding, tags", [

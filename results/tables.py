@@ -50,6 +50,8 @@ def read_run(folder, without=None):
         run |= arrays
     if without:
         kept = [not re.search(without, str(name)) for name in run["images"]]
+        if not any(kept):
+            raise afire.InputError(f"--without {without} leaves no image: choose another")
         for key, array in run.items():
             if key != "findings":
                 run[key] = array[:, kept] if "%" in key else array[kept]
@@ -155,7 +157,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         runs = read_runs(options.runs, options.without)
-    except (afire.InputError, OSError) as error:
+    except (afire.InputError, OSError, re.error) as error:
         print(f"tables.py: {error}", file=sys.stderr)
         sys.exit(2)
     first = next(iter(runs))

@@ -305,6 +305,15 @@ def test_finetuned_scores_are_of_both_networks_few_labels_and_new_images(run, ev
         assert shown == [f"{np.mean(area):.3f}" for area in areas]
 
 
+def test_the_mean_auroc_is_of_findings_and_each_is_of_its_defined_draws():
+    labels = np.arange(12)[:, None] % [2, 3] == 0
+    scores = np.random.default_rng(0).random((3, 12, 2))
+    areas = [np.mean([sklearn.metrics.roc_auc_score(labels[:, f], draw[:, f]) for draw in draws])
+             for f, draws in enumerate((scores[2:], scores))]
+    scores[:2, :, 0] = np.nan
+    assert finetune.macro_auroc(scores, labels) == pytest.approx(np.mean(areas))
+
+
 # ---- tokens.py -----------------------------------------------------------------------------------
 
 def test_cohesion_is_the_silhouette_of_tokens_by_position(run, evaluated):
@@ -452,8 +461,10 @@ def test_boxes_are_of_people_who_are_new_and_maps_of_what_was_learned(run, tmp_p
 
 
 def test_boxes_become_masks_of_the_squashed_image_or_are_refused(tmp_path):
-    ramp = np.arange(96 * 48).reshape(96, 48) / 18                     # 48 wide, 96 high
-    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.png")
+    ramp = np.arange(48 * 96).reshape(48, 96) / 18
+    tag = Image.Exif()
+    tag[0x0112] = 6                                        # shown turned: 48 wide, 96 high
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.png", exif=tag)
     data = afire.load_radiographs(tmp_path, 24)
 
     def masks(header, *lines):
@@ -503,23 +514,45 @@ def test_localisation_is_perfect_or_scikit_learns_with_an_interval_of_patients()
         ends = sorted([np.mean(by_image[:6]), np.mean(by_image[6:])])  # one patient, drawn twice
         metric = report[measure]
         assert [metric["mean"], *metric["ci95"]] == pytest.approx([np.mean(by_image), *ends])
+    report = boxes.localisation(grids, masks, np.arange(8))
+    drawn = np.random.default_rng(0).integers(8, size=(1000, 8))
+    for measure, by_image in values.items():
+        ends = np.quantile(np.array(by_image)[drawn].mean(1), [0.025, 0.975])
+        assert report[measure]["ci95"] == pytest.approx(ends)
+
+
+def test_a_box_is_an_outline(tmp_path, monkeypatch):
+    drawn = []
+    plot = afire.plot_images
+    monkeypatch.setattr(afire, "plot_images", lambda file, columns: drawn.append(columns)
+                        or plot(file, columns))
+    images = np.random.default_rng(0).integers(0, 200, (2, 32, 32), np.uint8)
+    masks = np.zeros((2, 32, 32), bool)
+    masks[:, 8:20, 10:30] = True
+    expected = np.where(masks, 255, images)
+    expected[:, 9:19, 11:29] = images[:, 9:19, 11:29]
+    boxes.plot_boxes(tmp_path / "a.png", images, masks, {"score": np.eye(4)[None].repeat(2, 0)})
+    assert list(drawn[0]) == ["image", "score"]
+    np.testing.assert_array_equal(drawn[0]["image"], expected)
 
 
 # ---- tables.py -----------------------------------------------------------------------------------
 
 @pytest.fixture
 def evaluations(tmp_path, monkeypatch):
-    """Folders 0 to 3 of evaluations in the working folder, of which 3 has other images."""
+    """Folders 0 to 2 of evaluations in the working folder."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     labels = np.arange(60)[:, None] % [3, 4] == 0
     masks = labels.any(1)[:, None, None] & (np.indices((8, 8)).sum(0) < 6)
     runs = []
-    for i in range(4):
+    for i in range(3):
         runs.append({"patients": np.arange(60) // 2, "findings": np.array(["a", "b"]),
-                     "images": np.arange(60) + i // 3, "labels": labels, "masks": masks,
+                     "images": np.arange(60), "labels": labels, "masks": masks,
                      "checkpoint/linear 1%": (random.random((5, 60, 2)) + labels / 3).round(1),
-                     "random_init/prototype": random.random((60, 4, 4)) + labels[:, :1, None] / 9})
+                     "random_init/prototype": random.random((60, 4, 4)) + labels[:, :1, None] / 9,
+                     "random_init/restoration": random.random((60, 4, 4)) + masks[:, ::2, ::2],
+                     "random_init/neighbours": random.random((60, 4, 4))})
         save(f"{i}/eval", runs[-1])
     return runs
 
@@ -548,7 +581,7 @@ def test_tables_are_scikit_learns_and_pair_runs_and_patients(evaluations, capsys
     probe = [probe_auroc(run) for run in evaluations]
     pixel = []
     for run in evaluations:
-        maps = torch.from_numpy(run["random_init/prototype"]).unsqueeze(1)
+        maps = torch.from_numpy(run["random_init/restoration"]).unsqueeze(1)   # the best one
         grid = F.interpolate(maps, (8, 8), mode="bilinear")
         pixel.append(sklearn.metrics.roc_auc_score(run["masks"].ravel(), grid.ravel()))
     tables.main(["A=0/eval,1/eval", "B=0/eval,2/eval"])
@@ -566,9 +599,11 @@ def test_tables_are_scikit_learns_and_pair_runs_and_patients(evaluations, capsys
     scores = evaluations[0]["checkpoint/linear 1%"][0, :, 0]
     area = sklearn.metrics.roc_auc_score(labels, scores, sample_weight=counts[8])
     assert tables.auroc(scores, labels, counts)[8] == pytest.approx(area)
-    with pytest.raises(SystemExit, match="2"):
-        tables.main(["A=0/eval", "B=3/eval"])
-    assert "other images" in capsys.readouterr().err
+    for key in "images", "patients", "findings", "labels":
+        save(f"{key}/eval", {**evaluations[0], key: evaluations[0][key][::-1]})
+        with pytest.raises(SystemExit, match="2"):
+            tables.main(["A=0/eval", f"B={key}/eval"])
+        assert f"other {key}" in capsys.readouterr().err
 
 
 def test_the_table_of_one_run_has_intervals_of_people(evaluations, capsys):
@@ -645,11 +680,14 @@ def test_moved_films_are_those_held_out_and_the_others_stay(run, tmp_path):
 def test_a_moved_film_is_zoomed_by_up_to_a_fifth_and_repeats_its_border():
     ramp = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
     zooms = []
+    places = []                                            # of the middle, by x and y in turn
     for seed in range(60):
         for film, axis in (ramp, 1), (ramp.T, 0):
             image = Image.fromarray(np.ascontiguousarray(film))
             moved = np.asarray(shift.move(image, np.random.default_rng(seed))).astype(float)
             line = moved[50] if axis else moved[:, 50]
             zooms.append((line[70] - line[30]) / 40)
+            places.append(line[50])
             assert moved.shape == (100, 100) and abs(line[50] - 50) <= 7
     assert 0.8 < min(zooms) < 0.87 and 0.97 < max(zooms) <= 1.03
+    assert abs(np.corrcoef(places[::2], places[1::2])[0, 1]) < 0.4
