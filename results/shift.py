@@ -51,10 +51,12 @@ def main(argv=None):
         sys.exit(2)
     random = np.random.default_rng(0)
     rows = []
+    used = np.union1d(data.train, data.test)
     for split, members in ("train", data.train), ("test", data.test):
         for row in members:
             source = Path(options.data, data.names[row]).absolute()
-            name = f"{row}.png" if split == "test" else f"{row}{source.suffix}"
+            number = np.searchsorted(used, row)            # unusable and equal files do not count
+            name = f"{number}.png" if split == "test" else f"{number}{source.suffix}"
             if split == "test":
                 move(Image.fromarray(afire.read_image(source, 256)), random).save(out / name)
             else:
