@@ -1083,7 +1083,7 @@ def evaluate(options):
         print_table(report, arrays["labels"])
     if not model:
         print("prototype and restoration are left out: they need AFiRe's head and decoder, at the "
-              f"image size of the run; grey levels: {levels}")
+              f"image size of the run; grey levels: {levels} (a run's folder brings its own)")
     print(f"in {out}: scores.csv, anomaly.png{', metrics.json, predictions.npz' if report else ''}")
 
 
@@ -1399,7 +1399,7 @@ def read_table(file):
             split = cells.get("split", "")
             if any(row.pop(None, [])) or None in row.values() or split not in ("", "train", "test"):
                 raise InputError(f"{file}, line {line}: expected {len(titles)} cells, and train, "
-                                 "test or nothing as split")
+                                 f"test or nothing as split, not {split!r}")
             findings = {finding.strip().lower() for finding in cells.get("findings", "").split("|")
                         if not is_normal(finding)}
             value = (findings, cells.get("patient") or name, split)
@@ -1447,6 +1447,7 @@ def split_patients(table, passed_over):
 def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
     """Radiographs of a folder, with the findings of a CSV or of folders; without both, phantoms."""
     if not data and not labels:
+        print("without --data: 2,500 phantoms, a fifth of them held out")
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
         raise InputError(f"--data {data} is no folder: name the one that holds the images")
