@@ -768,7 +768,9 @@ def test_a_moved_run_resumes_but_not_with_other_options_or_images(run, radiograp
     assert equal(load_run(moved_run), before), "it was left as it was"
     assert (moved_run / "table.csv").read_bytes() == used
     removed.write_bytes(content)
+    (moved_run / "table.csv").write_text("as at the start")
     afire.main(command)
+    assert (moved_run / "table.csv").read_text() == "as at the start"
     assert json.loads((moved_run / "config.json").read_text())["data"] == str(moved_set)
     assert equal(load_run(moved_run)[0]["model"], load_run(run)[0]["model"])
     assert (moved_run / "log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
