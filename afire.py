@@ -732,7 +732,7 @@ def pretrain(options):
             raise InputError(f"WORLD_SIZE is {world}, but {error}: use torchrun") from error
     data = load_radiographs(options.data, options.img_size, labels=options.labels,
                             levels=options.levels)
-    normals = data.train[~data.labels[data.train].any(1)]
+    normals = data.normal(data.train)
     if not len(normals):
         present = np.array(data.findings)[data.labels[data.train].any(0)]
         raise InputError("no image in train is normal; its findings are: "
@@ -831,6 +831,12 @@ def nan_mean(values, axis=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(values, axis)
+
+
+def auroc_by_finding(scores, labels):
+    """Means over the draws where it is defined: (draws, T, F), (T, F) bool -> (F,)."""
+    areas = [[auroc(draw[:, f], labels[:, f]) for f in range(labels.shape[1])] for draw in scores]
+    return nan_mean(areas, 0)
 
 
 def linear_probe(x, y, penalty=10.0):
@@ -944,8 +950,8 @@ def pixel_scores(maps, masks):
 
 def normal_references(data, limit=1000):
     """Rows of normal training images that anomalies are compared with: (N,), at most limit [D]."""
-    normals = data.train[~data.labels[data.train].any(1)]
-    return np.random.default_rng(0).permutation(normals)[:limit]       # bounds time and memory
+    random = np.random.default_rng(0)
+    return random.permutation(data.normal(data.train))[:limit]         # bounds time and memory
 
 
 def evaluate_network(encoder, model, data, normals, device):
@@ -958,7 +964,7 @@ def evaluate_network(encoder, model, data, normals, device):
     arrays = {}
 
     # Few labels: a linear probe on the mean token [D].
-    used = np.union1d(data.train, data.test)
+    used = data.used()
     x = torch.zeros(len(data.images), encoder.sizes[3])                        # (n, D)
     x[used] = in_batches(lambda images: features(encoder, images).mean(1), data.images, used,
                          device).cpu()
@@ -968,9 +974,7 @@ def evaluate_network(encoder, model, data, normals, device):
         return (x[data.test] @ weight + bias).numpy()                          # (T, F)
 
     for fraction, scores in learn_from_few(probe, data.labels, data.train).items():
-        areas = [[auroc(draw[:, f], truth[:, f]) for f in range(len(data.findings))]
-                 for draw in scores]
-        by_finding = nan_mean(areas, 0)                                        # (F,)
+        by_finding = auroc_by_finding(scores, truth)
         report["linear"][fraction] = {
             "macro_auroc": float(nan_mean(by_finding)),
             "per_finding": dict(zip(data.findings, by_finding.tolist()))}
@@ -1020,10 +1024,15 @@ def write_scores(file, data, maps, seen):
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "findings", "pretrained_on", *maps])
         for row, values in zip(data.test[order], scores[order]):
-            findings = "|".join(np.array(data.findings)[data.labels[row]])
             pretrained_on = "yes" if seen[row] else "no"
-            writer.writerow([data.names[row], findings, pretrained_on, *values.round(4)])
+            writer.writerow([data.names[row], data.findings_of(row), pretrained_on,
+                             *values.round(4)])
     return order
+
+
+def results_folder(path, run):
+    """Where results of a checkpoint go: to its run, or to runs/PARENT-STEM for an encoder alone."""
+    return path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
 
 
 def evaluate(options):
@@ -1042,8 +1051,7 @@ def evaluate(options):
     data = load_radiographs(source.data, encoder.sizes[0], labels=options.labels or source.labels,
                             levels=levels)
     seen = np.isin(data.hashes, trained_on)                                    # (n,)
-    folder = path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
-    out = Path(options.out or folder / "eval")
+    out = Path(options.out or results_folder(path, run) / "eval")
     out.mkdir(parents=True, exist_ok=True)
     report = {}
     if data.findings:
@@ -1051,7 +1059,7 @@ def evaluate(options):
             print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
         data.test = data.test[~seen[data.test]]
         normals = normal_references(data)
-        tested = (~data.labels[data.test].any(1)).sum()
+        tested = len(data.normal(data.test))
         if min(len(normals), tested) < 2:
             raise InputError(f"--data {source.data} has {len(normals)} normal images in train and "
                              f"{tested} in test: two of each are needed")
@@ -1065,7 +1073,7 @@ def evaluate(options):
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
     elif model:
         print("no findings are known: all images are scored, without metrics")
-        data.test = np.union1d(data.train, data.test)
+        data.test = data.used()
         maps = anomaly_maps(data.images, data.test, device, encoder, model)
     else:
         raise InputError(f"{path} is an encoder alone: it needs findings, so give --labels")
@@ -1228,6 +1236,18 @@ class Radiographs:
     test: np.ndarray              # neither in train nor among those held out, in test
     masks: np.ndarray             # (n, S, S) bool, where the findings are; (n, 1, 1) if unknown
     split_by: str = "given"       # or "fixed fifth"
+
+    def used(self):
+        """Rows of train and test, sorted."""
+        return np.union1d(self.train, self.test)
+
+    def normal(self, rows):
+        """Those of the rows that have no finding, in their order."""
+        return rows[~self.labels[rows].any(1)]
+
+    def findings_of(self, row):
+        """As in a table, joined by |."""
+        return "|".join(np.array(self.findings)[self.labels[row]])
 
 
 def read_image(path, size, levels="file"):
@@ -1420,11 +1440,10 @@ def write_table(file, data):
     with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "findings", "patient", "split", "split_by"])
-        for row in np.union1d(data.train, data.test):
-            findings = "|".join(np.array(data.findings)[data.labels[row]])
+        for row in data.used():
             patient = data.patients[row] if data.patients[row] != data.names[row] else ""
             split = "test" if row in test else "train"
-            writer.writerow([data.names[row], findings, patient, split, data.split_by])
+            writer.writerow([data.names[row], data.findings_of(row), patient, split, data.split_by])
 
 
 def split_patients(table, passed_over):

@@ -37,7 +37,7 @@ def read_boxes(file, data, folder):
         boxes = list(csv.DictReader(stream))
     if not boxes or not {"image", "finding", "x", "y", "w", "h"} <= boxes[0].keys():
         raise afire.InputError(f"{file} needs the columns image, finding, x, y, w, h, and a box")
-    names = {data.names[row] for row in np.union1d(data.train, data.test)}
+    names = {data.names[row] for row in data.used()}
     present = [box for box in boxes if box["image"] in names]
     print(f"{file}: {len(boxes)} boxes, {len(boxes) - len(present)} of them in no image of the set")
     if not present:
@@ -152,7 +152,7 @@ def evaluate(options):
                                   levels=run.levels if run else "file")
     masks = read_boxes(options.boxes, data, options.data)
     patients = np.array(data.patients)
-    used = np.union1d(data.train, data.test)
+    used = data.used()
     boxed = used[np.isin(np.array(data.names)[used], list(masks))]
     seen = used[np.isin(np.array(data.hashes)[used], trained_on)]
     data.train = data.train[~np.isin(patients[data.train], patients[boxed])]
@@ -166,8 +166,7 @@ def evaluate(options):
                                f"{abnormal.sum()} other images to learn from: all are needed")
 
     truth = np.stack([masks[data.names[row]] for row in data.test])            # (T, S, S)
-    folder = path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
-    out = Path(options.out or folder / "boxes")
+    out = Path(options.out or afire.results_folder(path, run) / "boxes")
     out.mkdir(parents=True, exist_ok=True)
     report = {}
     print(f"{'mean (95 % interval)':31}{'AUROC':24}{'Dice':24}pointing game")

@@ -56,7 +56,7 @@ def training_variance(folder, config):
     trained_on = afire.read_checkpoint(folder)["images"]
     data = afire.load_radiographs(config["data"], config["img_size"], labels=config["labels"],
                                   levels=config["levels"])
-    normals = data.train[~data.labels[data.train].any(1)]
+    normals = data.normal(data.train)
     if [data.hashes[row] for row in normals] != trained_on:
         raise afire.InputError("the normal images to train on are others than those of the run")
     return pixel_variance(data.images, normals)

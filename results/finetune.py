@@ -77,9 +77,7 @@ def finetune_run(folder, steps):
 
 def macro_auroc(scores, labels):
     """Mean over draws, then over findings: scores (draws, T, F), labels (T, F) bool -> float."""
-    areas = [[afire.auroc(draw[:, f], labels[:, f]) for f in range(labels.shape[1])]
-             for draw in scores]
-    return afire.nan_mean(afire.nan_mean(areas, 0))
+    return afire.nan_mean(afire.auroc_by_finding(scores, labels))
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ def load_run(folder):
 def score_run(folder):
     """-> the arrays of predictions.npz, of 2 T images: T films, then the same with lesions."""
     models, _, data = load_run(folder)
-    test = data.test[~data.labels[data.test].any(1)]                           # (T,)
+    test = data.normal(data.test)                                              # (T,)
     normals = afire.normal_references(data)                                    # (N,)
     if min(len(test), len(normals)) < 2:
         raise afire.InputError(f"{folder} has {len(test)} normal films to test on and "

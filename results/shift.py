@@ -51,7 +51,7 @@ def main(argv=None):
         sys.exit(2)
     random = np.random.default_rng(0)
     rows = []
-    used = np.union1d(data.train, data.test)
+    used = data.used()
     for split, members in ("train", data.train), ("test", data.test):
         for row in members:
             source = Path(options.data, data.names[row]).absolute()
@@ -61,8 +61,7 @@ def main(argv=None):
                 move(Image.fromarray(afire.read_image(source, 256)), random).save(out / name)
             else:
                 (out / name).symlink_to(source)
-            findings = "|".join(np.array(data.findings)[data.labels[row]])
-            rows.append([name, findings, data.patients[row], split])
+            rows.append([name, data.findings_of(row), data.patients[row], split])
     with open(out / "labels.csv", "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([["image", "findings", "patient", "split"], *rows])
     print(f"in {out}: {len(data.test)} reframed films to test on, {len(data.train)} as they are")
