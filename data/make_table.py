@@ -1,33 +1,44 @@
-"""Makes the table for afire.py --labels from a data set as it is published.
+"""Makes the table for afire.py --labels from a data set as it is published, or from your own CSV.
 
-    python data/make_table.py SET SOURCE [--patient REGEX] [--no-split] > labels.csv
-    python data/make_table.py SET SOURCE --images FOLDER [...] > labels.csv
+    python data/make_table.py SET SOURCE [options] > labels.csv
+    python data/make_table.py SET --help
 
-SET is the name of a function below; its description says what SOURCE holds, with the published
-header. The table has one line for each image, and is meant to be opened and checked:
+SET is the name of a data set, or table, folders or dicom for your own data. The help of a set says
+what SOURCE is, and which options the set has. The table has one line for each image, and is meant
+to be opened and checked:
 
-    image     path below SOURCE, or below FOLDER where there is one, with /
+    image     path with /, below SOURCE, or below the folder of --data or --images
     findings  in lower case, joined by |; empty: normal
-    patient   empty: unknown
-    split     train or test; empty: left out; the whole column empty: the set has no split
+    patient   empty: unknown, the image counts as a patient of its own
+    split     train or test; empty: left out
+    mask      PNG or JPEG that is white where the findings are: a path below the same folder, or
+              absolute; empty: unknown
 
-dicom, medmnist, rsna and vindr are not PNG or JPEG: they are written as PNG below FOLDER, which is
-for one SOURCE alone. A second start skips what is there. The PNG of a DICOM file has what a viewer
-shows: its modality LUT, its VOI LUT or first window, inverted for MONOCHROME1 or INVERSE, padding
-at the darkest level of the rest. If at most 8 bits are stored and the levels shown are integers
-from 0 to 255, they are kept in a PNG of 8 bits. Otherwise it has 16 bits, and the darkest level
-becomes 0: integers are shifted if they fit, other levels are scaled linearly up to 65535.
+The split is the published one. Where there is none, or with --no-split, a fixed fifth of the
+patients is held out as test; where there are no findings either, all images are for train.
 
-Images that are neither normal nor have a finding, and names that are not UTF-8, are left out, and
-people in test are left out of train. Counts go to stderr, with the first file of each reason. So
-does bad input, in one sentence, with status 2.
+dicom, medmnist, rsna and vindr are not PNG or JPEG: they are written as PNG below the folder of
+--images, which is for one SOURCE alone. A second start skips what is there. The PNG of a DICOM file
+has what a viewer shows: its modality LUT, its VOI LUT or first window, inverted for MONOCHROME1 or
+INVERSE, padding at the darkest level of the rest. If at most 8 bits are stored and the levels shown
+are integers from 0 to 255, they are kept in a PNG of 8 bits. Otherwise it has 16 bits, and the
+darkest level becomes 0: integers are shifted if they fit, other levels are scaled linearly up to
+65535.
+
+With --masks, nih, rsna and vindr write the published boxes as masks of the images' size.
+
+Images that are neither normal nor have a finding, rows without a file, and names that cannot stand
+in the table are left out, and people in test are left out of train. Counts go to stderr, with the
+first file of each reason. So does bad input, in one sentence, with status 2.
 """
 
 import argparse
 import collections
 import csv
 import gzip
+import inspect
 import io
+import math
 import os
 import re
 import sys
@@ -36,7 +47,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-Row = collections.namedtuple("Row", "image findings patient split")
+Row = collections.namedtuple("Row", "image findings patient split mask", defaults=[""])
 Folder = collections.namedtuple("Folder", "name stem place")
 LeftOut = collections.namedtuple("LeftOut", "image reason detail", defaults=[""])
 LETTER = r"[^\W\d_]"
@@ -50,6 +61,16 @@ CHESTXRAY14 = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneum
 CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity",
             "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
             "Pleural Effusion", "Pleural Other", "Fracture")
+# Images in train, val and test. Other sets of MedMNIST have arrays of the same shape.
+MEDMNIST = {(78468, 11219, 22433): CHESTXRAY14, (4708, 524, 624): ["pneumonia"]}
+# Plain radiography: computed, digital, and scanned films. XR is not in the standard, but in use.
+RADIOGRAPHY = ("CR", "DR", "DX", "RG", "XR")
+WITHOUT_FILE = "without a file"
+BACKSLASH = "whose name contains \\"
+SPACE = "whose name begins or ends with a space"
+REMEDIES = {WITHOUT_FILE: "name the folder below which these paths are",
+            BACKSLASH: "unpack the archive again; in a CSV, write / instead",
+            SPACE: "rename the files"}
 
 
 class InputError(Exception):
@@ -60,8 +81,12 @@ class CannotShow(Exception):
     """Why a DICOM file cannot become an image."""
 
 
+def say(line):
+    print(line, file=sys.stderr)
+
+
 def is_normal(name):
-    """Does a finding of this name mean that there is none? As in afire.py."""
+    """Does a finding of this name mean that there is none?"""
     name = name.strip().lower()
     return re.fullmatch(r"((normal|no[ _-]?finding|healthy)s?)?", name) is not None
 
@@ -77,34 +102,104 @@ def part_of(path):
     return " and ".join(sorted(parts))
 
 
+def clean(findings):
+    """Findings as they are in the table: in lower case, sorted, without those that mean normal."""
+    names = {" ".join(re.sub("[,;|]", " ", name).lower().split()) for name in findings}
+    return "|".join(sorted(name for name in names if not is_normal(name)))
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+def read_text(file):
+    """The text of a file in UTF-8, also of one in .gz."""
+    if not file.is_file():
+        raise InputError(f"{file} is no file: name the one to read")
+    content = file.read_bytes()
+    try:
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise InputError(f"{file}, line {line} is not UTF-8: save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{file} is damaged ({error}): download it again") from error
+
+
+def read_lines(file):
+    """Lines of a CSV that are not empty: (number, cells without spaces around them)."""
+    text = io.StringIO(read_text(file), newline="")
+    reader = csv.reader(text, skipinitialspace=True, strict=True)
+    number = 1                                             # the first line of a row
+    width = None
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                width = width or len(cells)
+                if any(cells[width:]):
+                    raise InputError(f"{file}, line {number} has more cells than the header: put a "
+                                     "cell with a comma in quotes")
+                yield number, cells
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{file}, line {number}: {error}: is a quote not closed?") from error
+
+
 def read_csv(folder, names, columns):
-    """The first of these files that there is: a dictionary a row, without spaces around cells."""
+    """The first of these files that there is: {title: cell} of each row."""
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if not file:
         raise InputError(f"{folder} has no {' or '.join(names)}: name the folder that has it")
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            reader = csv.DictReader(text, skipinitialspace=True, strict=True)
-            for row in reader:
-                if any(row.pop(None, [])):
-                    raise InputError(f"{file}, line {reader.line_num} has more cells than the "
-                                     "header: take the file as published")
-                row = {name.strip(): cell.strip() for name, cell in row.items() if cell is not None}
-                if not any(row.values()):
-                    continue
-                missing = [column for column in columns if column not in row]
-                if missing:
-                    raise InputError(f"{file}, line {reader.line_num} has no column {missing[0]}: "
-                                     "take the file as published")
-                yield row
-    except (EOFError, csv.Error, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{file} is damaged ({error}): download it again") from error
+    lines = read_lines(file)
+    _, titles = next(lines, (1, []))
+    for number, cells in lines:
+        row = dict(zip(titles, cells))
+        for column in columns:
+            if column not in row:
+                raise InputError(f"{file}, line {number} has no column {column}: take the file as "
+                                 "published")
+        yield row
+
+
+def read_boxes(folder, name, image, columns):
+    """Boxes of a published file: (row, left, top, right, bottom).
+
+    The four columns are x, y and either width and height, or x and y of the opposite corner.
+    Rows without a box are skipped.
+    """
+    for row in read_csv(folder, [name, f"annotations/{name}"], [image, *columns]):
+        cells = [row[column] for column in columns]
+        if not any(cells):
+            continue
+        try:
+            left, top, right, bottom = map(float, cells)
+        except ValueError as error:
+            raise InputError(f"{name} has a box of {row[image]} that is not four numbers: take the "
+                             "file as published") from error
+        if "max" not in columns[-1]:
+            right += left
+            bottom += top
+        yield row, (left, top, right, bottom)
 
 
 def findings_in(row, columns):
     """Those of the columns that are 1; 0, -1 and blank are absent. None (unknown) if none is 1."""
     return [column for column in columns if row[column] in ("1", "1.0")] or None
+
+
+def join(ours, theirs, our_name, their_name):
+    """Says which names one side has and the other has not; refused if they have none in common."""
+    if not any(name in theirs for name in ours):
+        first, second = (next(iter(names), "nothing") for names in (ours, theirs))
+        raise InputError(f"{our_name} and {their_name} have no name in common, the first are "
+                         f"{first} and {second}: take both as published")
+    for names, others, here, there in ((ours, theirs, our_name, their_name),
+                                       (theirs, ours, their_name, our_name)):
+        missing = [name for name in names if name not in others]
+        if missing:
+            say(f"{len(missing)} of {len(names)} in {here} are not in {there}; the first is "
+                f"{missing[0]}")
 
 
 def is_image(file):
@@ -117,15 +212,21 @@ def is_dicom(file):
         return stream.read(132)[128:] == b"DICM"
 
 
-def passed_over(file, path, wanted):
-    """Why is this file below the folder not taken? Empty if it is."""
-    names = path.split("/")
-    if any(re.match(r"[.@$]|__MACOSX", name) for name in names):
-        return "hidden or of the system"
-    if any("mask" in name.lower() for name in names[:-1]):
-        return "below a folder whose name contains mask"
+def bad_name(path):
+    """Why can this name not stand in the table? Empty if it can."""
     if NOT_UTF8.search(path):
         return "whose name is not UTF-8"
+    if "\\" in path:
+        return BACKSLASH
+    return SPACE if path != path.strip() else ""
+
+
+def passed_over(file, path, wanted):
+    """Why is this file below the folder not taken? Empty if it is."""
+    if any(re.match(r"[.@$]|__MACOSX", name) for name in path.split("/")):
+        return "hidden or of the system"
+    if bad_name(path):
+        return bad_name(path)
     if not (file.is_file() and os.access(file, os.R_OK)):
         return "that are links to folders, broken links or without access"
     if wanted(file):
@@ -153,6 +254,58 @@ def find_files(folder, wanted):
     return paths, left_out
 
 
+def find_films(folder, wanted):
+    """As find_files, without masks: files called so, and files in folders called so."""
+    paths, left_out = find_files(folder, wanted)
+    masks = [path for path in paths if "mask" in path.lower()]
+    left_out += [LeftOut(path, "called mask, or in a folder called so") for path in masks]
+    return [path for path in paths if path not in set(masks)], left_out
+
+
+def images_below(options):
+    """Paths of the images below --data. The masks of an earlier start are none of them."""
+    paths, _ = find_files(options.data, is_image)
+    if options.masks:
+        masks = options.masks.resolve()
+        data = options.data.resolve()
+        paths = [path for path in paths if masks not in (data / path).parents]
+    return paths
+
+
+def match_files(rows, files, folder):
+    """Rows that have a file, and a LeftOut for each other one. Files without a row are counted."""
+    rows = list(rows)
+    named = {row.image for row in rows}
+    unnamed = [file for file in files if file not in named and "mask" not in file.lower()]
+    if unnamed:
+        say(f"{len(unnamed)} of {len(files)} files below {folder} have no row; the first is "
+            f"{unnamed[0]}")
+    first = f"the first file below {folder} is {files[0]}" if files else f"{folder} has no image"
+    files = set(files)
+    return [row if isinstance(row, LeftOut) or row.image in files or bad_name(row.image)
+            else LeftOut(row.image, WITHOUT_FILE, first) for row in rows]
+
+
+def place_images(paths, depth=1):
+    """Paths by their last names, as many as depth: -> function that gives the path of a name.
+
+    A name without a path is given back. Masks are no images.
+    """
+    places = collections.defaultdict(list)
+    for path in paths:
+        if "mask" not in path.lower():
+            places["/".join(path.split("/")[-depth:])].append(path)
+
+    def place(name):
+        found = places.get("/".join(name.split("/")[-depth:]), [name])
+        if len(found) > 1:
+            raise InputError(f"{found[0]} and {found[1]} have the same name: name the folder of "
+                             "the images to use with --data")
+        return found[0]
+
+    return place
+
+
 def class_folders(path):
     """The folders above a file that may be classes. Those of one place lie beside each other.
 
@@ -170,40 +323,44 @@ def class_folders(path):
     return folders
 
 
-def by_folders(paths, patient=""):
+def by_folders(paths, all_normal, patient=""):
     """Rows of the class nearest to each file, and of its part, as the names of folders say.
 
     Classes are the folders beside one that means normal. stderr says what each name was taken for.
     """
     trees = {path: class_folders(path) for path in paths}
-    beside = {folder.place for folders in trees.values() for folder in folders
-              if is_normal_folder(folder.stem)}
-    if not beside and any(NORMAL.search(name) for path in paths for name in path.split("/")[:-1]):
-        raise InputError("a folder's name has a word for normal in it, but none means it: rename "
-                         "the folder of normal images NORMAL")
-    if paths and not beside:
-        print("no folder is called NORMAL or the like: all images are normal", file=sys.stderr)
+    beside = set()
+    if not all_normal:
+        beside = {folder.place for folders in trees.values() for folder in folders
+                  if is_normal_folder(folder.stem)}
+        if paths and not beside:
+            names = sorted({name for path in paths for name in path.split("/")[:-1]})
+            raise InputError("no folder is called normal, no finding or healthy; there are "
+                             f"{', '.join(names[:5]) or 'no folders'}: rename the folder of the "
+                             "normal images NORMAL, or add --all-normal if all images are normal")
     rows = []
     roles = {}
     for path, folders in trees.items():
         classes = [folder for folder in folders if folder.place in beside]
-        findings = None if beside else []
+        findings = [] if all_normal else None
         meaning = {}
         if classes:
             nearest = classes[-1]
             findings = [] if is_normal_folder(nearest.stem) else [nearest.stem]
-            meaning[nearest.name] = f"finding {nearest.stem.lower()}" if findings else "normal"
+            meaning[nearest.name] = f"finding {clean(findings)}" if findings else "normal"
         rows.append(Row(path, findings, patient, part_of(path)))
         for name in path.split("/")[:-1]:
             role = ", ".join(filter(None, [part_of(f"{name}/"), meaning.get(name)]))
-            names, images = roles.setdefault(role or "nothing", ({}, set()))
+            names, images = roles.setdefault(role or "no class recognised", ({}, set()))
             names[name] = True
             images.add(path)
     for role, (names, images) in sorted(roles.items()):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        print(f"{', '.join(list(names)[:5])}{more}: {role} ({len(images)} images)", file=sys.stderr)
+        say(f"{', '.join(list(names)[:5])}{more}: {role} ({len(images)} images)")
     return rows
 
+
+# ---- Writing -------------------------------------------------------------------------------------
 
 def read_dicom(file):
     """A DICOM file as a viewer shows it: -> (H, W), uint8 or uint16, as described above."""
@@ -260,8 +417,9 @@ def is_written(file, origin):
     if not file.exists():
         return False
     with Image.open(file) as image:
-        if image.info.get("origin", origin) != origin:
-            raise InputError(f"{file} was made from another set: name another folder for --images")
+        if image.info.get("origin") != origin:
+            raise InputError(f"{file} is there, but was made from something else: name another "
+                             "folder to write to")
     return True
 
 
@@ -278,10 +436,25 @@ def write_png(file, pixels, origin):
     os.replace(partial, file)
 
 
-def convert(rows, source, images):
+def not_a_chest_film(header):
+    """What does a DICOM header say against a frontal chest radiograph? Empty if nothing."""
+    modality = str(header.get("Modality") or "").strip().upper()
+    if modality and modality not in RADIOGRAPHY:
+        return f"with Modality {modality}"
+    view = str(header.get("ViewPosition") or "").strip().upper()
+    if view and not {"AP", "PA", "FRONTAL"} & set(re.findall("[A-Z]+", view)):
+        return f"with ViewPosition {view}"
+    part = str(header.get("BodyPartExamined") or "").strip().upper()
+    if part and not re.search("CHEST|THORA|TORAX|LUNG", part):
+        return f"with BodyPartExamined {part}"
+    return ""
+
+
+def convert(rows, source, images, objection=lambda header: ""):
     """Writes the DICOM file of each row as PATH.png below images: -> rows of these, and LeftOuts.
 
-    A patient of None becomes the PatientID.
+    A patient of None becomes the PatientID. Files to whose header there is an objection are left
+    out.
     """
     try:
         import pydicom.pixels
@@ -292,11 +465,11 @@ def convert(rows, source, images):
     def converted(row):
         file = source / row.image
         target = images / f"{row.image}.png"
-        if not file.is_file():
-            return LeftOut(row.image, "without a file")
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True,
-                                     specific_tags=["SOPInstanceUID", "PatientID"])
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[
+                "SOPInstanceUID", "PatientID", "Modality", "ViewPosition", "BodyPartExamined"])
+            if objection(header):
+                return LeftOut(row.image, objection(header))
             origin = f"{zlib.crc32(str(header.get('SOPInstanceUID')).encode()):08x}"
             patient = str(header.get("PatientID") or "").strip()
             pixels = None if is_written(target, origin) else read_dicom(file)
@@ -314,116 +487,260 @@ def convert(rows, source, images):
 
     with warnings.catch_warnings(), tqdm(rows, "writing PNG", delay=1) as bar:
         warnings.simplefilter("ignore")    # pydicom's, about each odd element
-        return [row if row.findings is None else converted(row) for row in bar]
+        return [row if isinstance(row, LeftOut) or row.findings is None else converted(row)
+                for row in bar]
 
 
-def nih(source):
-    """ChestX-ray14: Data_Entry_2017.csv, or Data_Entry_2017_v2020.csv.
-    Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,...
+def convert_published(rows, options):
+    """As convert, for the rows of a CSV: they may lack a file, and files may lack a row."""
+    files, _ = find_files(options.source, lambda file: file.suffix in (".dcm", ".dicom"))
+    return convert(match_files(rows, files, options.source), options.source, options.images)
 
-    The split is that of train_val_list.txt and test_list.txt, if they are there. Images that are
-    below SOURCE get their path, others their bare name.
+
+def draw_mask(boxes, width, height, name):
+    """White where any box touches a pixel: (H, W) uint8."""
+    import numpy as np
+    mask = np.zeros((height, width), np.uint8)
+    for left, top, right, bottom in boxes:
+        # Boxes of a scaled image are rounded, hence half a pixel.
+        if not (-0.5 <= left < right <= width + 0.5 and -0.5 <= top < bottom <= height + 0.5):
+            raise InputError(
+                f"a box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) does not fit in {name},"
+                f" which is {width} x {height}: use images of the published size")
+        mask[max(math.floor(top), 0):math.ceil(bottom),
+             max(math.floor(left), 0):math.ceil(right)] = 255
+    return mask
+
+
+def write_masks(rows, options):
+    """Writes the boxes of each abnormal row as a mask: -> rows with its path."""
+    from PIL import Image
+    from tqdm import tqdm
+    join(options.boxes, {row.image: row for row in rows if row.findings}, "the boxes",
+         "the abnormal images of the table")
+    data = options.data.resolve()
+    folder = options.masks.resolve()
+    masks = {}
+    for row in tqdm(rows, "writing masks", delay=1):
+        if row.findings and row.image in options.boxes:
+            boxes = options.boxes[row.image]
+            with Image.open(data / row.image) as image:
+                mask = draw_mask(boxes, *image.size, row.image)
+            file = folder / row.image
+            origin = f"{zlib.crc32(mask.tobytes()):08x}"
+            if not is_written(file, origin):
+                write_png(file, mask, origin)
+            masks[row.image] = file.relative_to(data) if folder.is_relative_to(data) else file
+    return [row._replace(mask=masks[row.image].as_posix()) if row.image in masks else row
+            for row in rows]
+
+
+# ---- Sets ----------------------------------------------------------------------------------------
+
+def table(options):
+    """Your own CSV: image and findings and, if known, patient, split and mask.
+    image,findings,patient,split,mask
+
+    Titles may be in any case and order; other columns are ignored. Findings are joined by |, in any
+    case; no finding, normal, healthy or nothing is normal. The split is train, test or val, which
+    is left out. With --data, rows without a file are left out.
     """
+    lines = read_lines(options.source)
+    _, titles = next(lines, (1, []))
+    titles = [title.lower() for title in titles]
+    known = [title for title in titles if title in Row._fields]
+    if not {"image", "findings"} <= set(known) or len(set(known)) < len(known):
+        raise InputError(f"{options.source}, line 1 has the titles {', '.join(titles)}: it needs "
+                         "image and findings, once each, with commas between them")
+    ignored = [title or "without a title" for title in titles if title not in known]
+    if ignored:
+        say(f"ignored columns: {', '.join(ignored)}")
+    seen = {}
+    doubtful = []
+    for number, cells in lines:
+        line = f"{options.source}, line {number}"
+        row = dict.fromkeys(Row._fields, "") | dict(zip(titles, cells))
+        findings = row["findings"]
+        split = PART.fullmatch(row["split"])
+        if len(cells) < len(titles) or not row["image"]:
+            raise InputError(f"{line} has {len(cells)} cells of {len(titles)}, or no image: fill it"
+                             " in, or remove it")
+        if row["split"] and not split:
+            raise InputError(f"{line} has the split {row['split']}: use train, test, val or "
+                             "nothing")
+        if re.search("[,;]", findings):
+            raise InputError(f"{line} has the findings {findings}: join them by | instead")
+        if re.search(r"[/+&\\]|\band\b", findings):
+            doubtful.append(f"line {number} ({findings})")
+        row = Row(row["image"], clean(findings.split("|")).split("|"), row["patient"],
+                  split[1].lower() if split else "", row["mask"])
+        first, other = seen.setdefault(row.image, (number, row))
+        if other != row:
+            raise InputError(f"{line} says something else about {row.image} than line {first}: "
+                             "remove one of them")
+    if doubtful:
+        say(f"{len(doubtful)} rows have findings that may be several, which are joined by |; the "
+            f"first is {doubtful[0]}")
+    rows = [row for _, row in seen.values()]
+    return match_files(rows, images_below(options), options.data) if options.data else rows
+
+
+def nih(options):
+    """ChestX-ray14: Data_Entry_2017.csv, or Data_Entry_2017_v2020.csv, and the images.
+    Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,...
+    Image Index,Finding Label,Bbox [x,y,w,h],,,
+
+    The images may lie in any folders below SOURCE, or below --data; those that are not there are
+    left out. The split is that of train_val_list.txt and test_list.txt, if they are there. The
+    boxes for --masks are those of BBox_List_2017.csv.
+    """
+    source = options.source
     split = {}
     for name, part in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
-        if (source / name).is_file():
-            images = (source / name).read_text("utf-8-sig", errors="surrogateescape").split()
-            split.update(dict.fromkeys(images, part))
+        if (source / name).is_file() and not options.no_split:
+            split.update(dict.fromkeys(read_text(source / name).split(), part))
     if len(set(split.values())) == 1:
         raise InputError(f"{source} has only one of train_val_list.txt and test_list.txt: add the "
-                         "other, or remove it for no split")
-    places = {path.split("/")[-1]: path for path in find_files(source, is_image)[0]}
-    files = ["Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv"]
-    for row in read_csv(source, files, ["Image Index", "Finding Labels", "Patient ID"]):
+                         "other, or use --no-split")
+    files = images_below(options)
+    place = place_images(files)
+    names = ["Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv"]
+    rows = []
+    images = {}
+    for row in read_csv(source, names, ["Image Index", "Finding Labels", "Patient ID"]):
         image = row["Image Index"]
-        findings = row["Finding Labels"].split("|")
-        yield Row(places.get(image, image), findings, row["Patient ID"], split.get(image, ""))
+        images[image] = True
+        rows.append(Row(place(image), row["Finding Labels"].split("|"), row["Patient ID"],
+                        split.get(image, "")))
+    if split:
+        join(split, images, "the official lists", "Data_Entry_2017.csv")
+    if options.masks:
+        columns = ["Bbox [x", "y", "w", "h]"]
+        for row, box in read_boxes(source, "BBox_List_2017.csv", "Image Index", columns):
+            options.boxes[place(row["Image Index"])].append(box)
+    return match_files(rows, files, options.data)
 
 
-def chexpert(source):
+def chexpert(options):
     """CheXpert: train.csv, and valid.csv as the test part if there is to be a split.
     Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,...,Support Devices
 
     Frontal views. -1 (uncertain) and blank are absent. Support Devices are not a finding: a film
-    with a pacemaker and nothing else is labelled No Finding. The first folder of Path is SOURCE
-    itself, unless SOURCE has a folder of that name.
+    with a pacemaker and nothing else is labelled No Finding. The images may lie in any folders
+    below SOURCE, or below --data, such as CheXpert-v1.0 batch 2 (train 1): they are found by
+    patientN/studyN/NAME. The CSV files may lie in a folder of SOURCE called CheXpert...
     """
+    files = images_below(options)
+    place = place_images(files, depth=3)
+    rows = []
     for name, split in (("train.csv", "train"), ("valid.csv", "test")):
-        if split == "test" and not (source / name).is_file():
-            return
-        for row in read_csv(source, [name], ["Path", "Frontal/Lateral", *CHEXPERT]):
-            first, _, image = row["Path"].partition("/")
-            if (source / first).is_dir():
-                image = row["Path"]
-            if row["Frontal/Lateral"] == "Frontal":
-                patient = re.search(r"patient\d+(?=/)|$", image)[0]
-                yield Row(image, findings_in(row, CHEXPERT), patient, split)
+        found = [name, *(file.relative_to(options.source).as_posix()
+                         for file in sorted(options.source.glob(f"CheXpert*/{name}")))]
+        if split == "test" and not any((options.source / file).is_file() for file in found):
+            continue
+        for row in read_csv(options.source, found, ["Path", "Frontal/Lateral", *CHEXPERT]):
+            image = place(row["Path"])
+            patient = re.search(r"patient\d+(?=/)|$", row["Path"])[0]
+            view = row["Frontal/Lateral"]
+            if view == "Frontal":
+                rows.append(Row(image, findings_in(row, CHEXPERT), patient, split))
+            else:
+                rows.append(LeftOut(image, f"with the view {view or 'unknown'}"))
+    return match_files(rows, files, options.data)
 
 
-def mimic(source):
+def mimic(options):
     """MIMIC-CXR-JPG: mimic-cxr-2.0.0-{chexpert,metadata}.csv(.gz), and -split if it is to be used.
     subject_id,study_id,Atelectasis,Cardiomegaly,...,No Finding,...,Support Devices
     dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,...
     dicom_id,study_id,subject_id,split
 
-    PA and AP views; findings as in chexpert; validate is left out.
+    PA and AP views; findings as in chexpert; validate is left out. The images are
+    files/pNN/pSUBJECT/sSTUDY/DICOM.jpg below SOURCE, or below --data.
     """
+    source = options.source
+
     def read(name, columns):
         file = f"mimic-cxr-2.0.0-{name}.csv"
         return read_csv(source, [file, f"{file}.gz"], columns)
 
     split = {}
-    if any(source.glob("mimic-cxr-2.0.0-split.csv*")):
+    if any(source.glob("mimic-cxr-2.0.0-split.csv*")) and not options.no_split:
         for row in read("split", ["dicom_id", "split"]):
             split[row["dicom_id"]] = row["split"]
     studies = {}
     for row in read("chexpert", ["study_id", *CHEXPERT]):
         studies[row["study_id"]] = findings_in(row, CHEXPERT)
+    films = {}
+    known = {}
     for row in read("metadata", ["dicom_id", "subject_id", "study_id", "ViewPosition"]):
-        if row["ViewPosition"] in ("PA", "AP"):
-            patient = row["subject_id"]
-            study = row["study_id"]
-            image = f"files/p{patient[:2]}/p{patient}/s{study}/{row['dicom_id']}.jpg"
-            yield Row(image, studies.get(study), patient, split.get(row["dicom_id"], ""))
+        patient = row["subject_id"]
+        study = row["study_id"]
+        film = row["dicom_id"]
+        view = row["ViewPosition"]
+        image = f"files/p{patient[:2]}/p{patient}/s{study}/{film}.jpg"
+        known[study] = True
+        if view in ("PA", "AP"):
+            films[film] = Row(image, studies.get(study), patient, split.get(film, ""))
+        else:
+            films[film] = LeftOut(image, f"with ViewPosition {view or 'unknown'}")
+    join(studies, known, "the studies of the chexpert file", "those of the metadata")
+    if split:
+        join(split, films, "the split file", "the metadata")
+    return match_files(films.values(), images_below(options), options.data)
 
 
-def rsna(source, images):
+def rsna(options):
     """RSNA pneumonia challenge: stage_2_detailed_class_info.csv, in which equal rows count once.
     patientId,class
+    patientId,x,y,width,height,Target
 
     The images are stage_2_train_images/PATIENTID.dcm. All classes but Normal are findings. There is
     no split. Each film has a patientId of its own, though they come from ChestX-ray14: which films
-    are of one person is unknown.
+    are of one person is unknown. The boxes for --masks are those of stage_2_train_labels.csv.
     """
     rows = {}
+    source = options.source
     for row in read_csv(source, ["stage_2_detailed_class_info.csv"], ["patientId", "class"]):
         image = f"stage_2_train_images/{row['patientId']}.dcm"
         rows[Row(image, (row["class"],), row["patientId"], "")] = True
-    return convert(rows, source, images)
+    if options.masks:
+        columns = ["x", "y", "width", "height"]
+        for row, box in read_boxes(source, "stage_2_train_labels.csv", "patientId", columns):
+            options.boxes[f"stage_2_train_images/{row['patientId']}.dcm.png"].append(box)
+    return convert_published(rows, options)
 
 
-def vindr(source, images):
+def vindr(options):
     """VinDr-CXR: image_labels_train.csv and image_labels_test.csv, in SOURCE or its annotations.
     image_id,rad_id,Aortic enlargement,...,Other diseases,No finding
+    image_id,rad_id,class_name,x_min,y_min,x_max,y_max
 
     The images are train/IMAGE_ID.dicom and test/IMAGE_ID.dicom. An image has every finding that any
-    radiologist names. Patients are unknown.
+    radiologist names. Patients are unknown. The boxes for --masks are those of
+    annotations_train.csv and annotations_test.csv, of all radiologists together.
     """
     rows = []
     for split in ("train", "test"):
         name = f"image_labels_{split}.csv"
         said = {}
-        for row in read_csv(source, [name, f"annotations/{name}"], ["image_id", "No finding"]):
+        files = [name, f"annotations/{name}"]
+        for row in read_csv(options.source, files, ["image_id", "No finding"]):
             columns = [column for column in row if column not in ("image_id", "rad_id")]
             said.setdefault(row["image_id"], []).extend(findings_in(row, columns) or [])
         for image, findings in said.items():
             if "Other disease" in findings:      # as the test part calls Other diseases
                 findings = ["Other diseases", *set(findings) - {"Other disease"}]
             rows.append(Row(f"{split}/{image}.dicom", findings or None, "", split))
-    return convert(rows, source, images)
+        if options.masks:
+            columns = ["x_min", "y_min", "x_max", "y_max"]
+            name = f"annotations_{split}.csv"
+            for row, box in read_boxes(options.source, name, "image_id", columns):
+                options.boxes[f"{split}/{row['image_id']}.dicom.png"].append(box)
+    return convert_published(rows, options)
 
 
-def kermany(source):
+def kermany(options):
     """Kermany et al. 2018: the folders train and test (val is left out), or what is in one of them.
     IM-0429-0001-0001, NORMAL2-IM-0246-0001, NORMAL-1003233-0001: normal
     person1000_bacteria_2931, BACTERIA-1008087-0001, VIRUS-6249454-0001: pneumonia, the one finding
@@ -433,7 +750,7 @@ def kermany(source):
     people, but count as one, so that nobody is in both train and test.
     """
     kinds = r"(?:NORMAL|BACTERIA|VIRUS)-(\d+)-|(?:NORMAL2-)?IM-\d+(?=-)|person\d+(?=_)"
-    paths, left_out = find_files(source, is_image)
+    paths, left_out = find_films(options.source, is_image)
     yield from left_out
     for path in paths:
         match = re.match(kinds, path.split("/")[-1])
@@ -445,59 +762,70 @@ def kermany(source):
         yield Row(path, findings, match[1] or person, split)
 
 
-def lists(*files):
-    """Lists as published with code: SOURCE is TRAIN or TRAIN TEST; the paths are as in the lists.
+def lists(options):
+    """Lists as published with code: SOURCE is one list, TRAIN TEST, or TRAIN VAL TEST.
     relative/path 0 1 0 ...
 
-    14 numbers are ChestX-ray14's findings, unless the paths are CheXpert's; otherwise the findings
-    are called finding_1, finding_2 and so on. Patients are known if all names are ChestX-ray14's
-    (00000165_001.png) or all paths CheXpert's (patient00001/).
+    The paths are as in the lists; val is left out. 14 numbers after names of ChestX-ray14
+    (00000165_001.png) are its findings; otherwise the findings are called finding_1, finding_2 and
+    so on. Patients are known if all names are ChestX-ray14's or all paths CheXpert's
+    (patient00001/). With --data, rows without a file are left out.
     """
+    parts = {1: [""], 2: ["train", "test"], 3: ["train", "val", "test"]}
     lines = []
-    for file, split in zip(files, ("train", "test")):
-        for line in file.read_text("utf-8-sig", errors="surrogateescape").splitlines():
+    for file, split in zip(options.source, parts[len(options.source)]):
+        for line in read_text(file).splitlines():
             path, flags = re.fullmatch(r"\s*(.*?)((?:\s+[01])*)\s*", line).groups()
             if path:
                 lines.append((path, flags.split(), split))
     style = r"(?:^|/)(000\d{5})_\d{3}\.\w+$|(patient\d+)/"
     people = [re.search(style, path) for path, _, _ in lines]
+    nih_names = all(person and person[1] for person in people)
+    rows = []
     for (path, flags, split), person in zip(lines, people):
         if not flags or len(flags) != len(lines[0][1]):
             raise InputError(f"{path} is followed by {len(flags)} zeros and ones in the list, the "
                              f"first path by {len(lines[0][1])}: give each path the same number")
         names = [f"finding_{i}" for i in range(1, len(flags) + 1)]
-        if len(flags) == 14 and "patient" not in path:
+        if len(flags) == 14 and nih_names:
             names = CHESTXRAY14
         findings = [name for name, flag in zip(names, flags) if flag == "1"]
-        yield Row(path, findings, person[person.lastindex] if all(people) else "", split)
+        rows.append(Row(path, findings, person[person.lastindex] if all(people) else "", split))
+    return match_files(rows, images_below(options), options.data) if options.data else rows
 
 
-def medmnist(source, images):
+def medmnist(options):
     """MedMNIST: SOURCE is chestmnist_64.npz (ChestX-ray14) or pneumoniamnist_64.npz (Kermany).
     train_images (n, 64, 64) uint8, train_labels (n, 14) or (n, 1); val_ and test_ alike
 
-    val is left out. Patients are unknown.
+    Any of the published sizes. val is left out. Patients are unknown.
     """
     import numpy as np
     from tqdm import tqdm
-    for part in ("train", "val", "test"):
-        try:
-            with np.load(source) as arrays:
-                pixels = arrays[f"{part}_images"]
-                labels = arrays[f"{part}_labels"]
-            shapes = (len(pixels), 1), (len(pixels), 14)
-            if pixels.ndim != 3 or pixels.dtype != np.uint8 or labels.shape not in shapes:
-                raise ValueError(f"images {pixels.shape}, labels {labels.shape}")
-            if labels.max() > 1:
-                raise ValueError(f"labels up to {labels.max()}")
-        except (AttributeError, EOFError, LookupError, TypeError, ValueError,
-                zipfile.BadZipFile) as error:
-            raise InputError(f"{source} is not one of the two ({error}): download it") from error
-        names = CHESTXRAY14 if labels.shape[1] == 14 else ["pneumonia"]
+    source = options.source
+    arrays = {}
+    try:
+        with np.load(source) as file:
+            for part in ("train", "val", "test"):
+                arrays[part] = file[f"{part}_images"], file[f"{part}_labels"]
+        sizes = tuple(len(pixels) for pixels, _ in arrays.values())
+        if sizes not in MEDMNIST:
+            raise ValueError(f"it has {', '.join(map(str, sizes))} images in train, val, test")
+        names = MEDMNIST[sizes]
+        for pixels, labels in arrays.values():
+            if (pixels.ndim != 3 or pixels.dtype != np.uint8
+                    or labels.shape != (len(pixels), len(names)) or labels.max() > 1):
+                raise ValueError(f"images {pixels.shape}, labels {labels.shape} up to "
+                                 f"{labels.max()}")
+    except (AttributeError, EOFError, LookupError, TypeError, ValueError,
+            zipfile.BadZipFile) as error:
+        raise InputError(f"{source} is neither ChestMNIST nor PneumoniaMNIST ({error}): download "
+                         "one of them") from error
+    for part, (pixels, labels) in arrays.items():
         with tqdm(pixels, f"writing PNG, {part}", delay=1) as bar:
             for i, image in enumerate(bar):
                 origin = f"{zlib.crc32(image.tobytes()):08x}"
-                file = images / f"{part}/{i:06}.png"
+                file = options.images / f"{part}/{i:06}.png"
                 if not is_written(file, origin):
                     write_png(file, image, origin)
         for i, flags in enumerate(labels):
@@ -505,51 +833,57 @@ def medmnist(source, images):
             yield Row(f"{part}/{i:06}.png", findings, "", part)
 
 
-def folders(source):
+def folders(options):
     """Class folders in any tree of PNG or JPEG files, above or below folders for train and test.
 
     The class is the nearest folder beside one called NORMAL, No_Finding, Healthy or the like (also
-    0_normal). Without any such folder all images are normal; with one, images in no class are left
-    out. A folder is for train or test if a word in its name begins so, and for val, which is left
-    out, if one begins with valid or is val: Training, chest_test, stage_2_train_images, not contest
-    or valve. Folders of two parts above one image are refused. What is below a folder whose name
-    contains mask is left out. Patients are unknown without --patient.
+    0_normal). Without any such folder the tree is refused, unless --all-normal says that all images
+    are normal; with one, images in no class are left out. A folder is for train or test if a word
+    in its name begins so, and for val, which is left out, if one begins with valid or is val:
+    Training, chest_test, stage_2_train_images, not contest or valve. Folders of two parts above one
+    image are refused. Files called mask, and what is below a folder whose name contains mask, are
+    left out. Patients are unknown without --patient.
     """
-    paths, left_out = find_files(source, is_image)
-    return left_out + by_folders(paths)
+    paths, left_out = find_films(options.source, is_image)
+    return left_out + by_folders(paths, options.all_normal)
 
 
-def dicom(source, images):
+def dicom(options):
     """DICOM files in any tree, known by DICM at byte 128; classes, train and test as in folders.
 
-    The patient is the PatientID: unknown if empty, or if the same in all images. Several frames,
-    colours, a HighBit other than BitsStored - 1, a format that no installed package decodes, and
-    damaged files are left out.
+    The patient is the PatientID: unknown if empty, or if the same in all images. Frontal chest
+    radiographs only: files whose Modality, ViewPosition or BodyPartExamined says otherwise are left
+    out; one that is empty does no harm. Several frames, colours, a HighBit other than
+    BitsStored - 1, a format that no installed package decodes, and damaged files are left out.
     """
-    paths, left_out = find_files(source, is_dicom)
-    rows = convert(by_folders(paths, patient=None), source, images)
+    paths, left_out = find_films(options.source, is_dicom)
+    rows = by_folders(paths, options.all_normal, patient=None)
+    rows = convert(rows, options.source, options.images, not_a_chest_film)
     people = {row.patient for row in rows if isinstance(row, Row) and row.findings is not None}
     if len(people) == 1 and people != {""}:
-        print(f"PatientID is {people.pop()} in all files: patients are unknown", file=sys.stderr)
+        say(f"PatientID is {people.pop()} in all files: patients are unknown")
         rows = [row._replace(patient="") if isinstance(row, Row) else row for row in rows]
     return left_out + rows
 
 
-def tidy(rows, patient, no_split):
-    """The rules of all sets: -> one row an image, nobody in train and in test."""
-    table = {}
+# ---- The table -----------------------------------------------------------------------------------
+
+def tidy(rows, options):
+    """The rules of all sets: -> one row for each image that can be used, and the LeftOuts."""
+    seen = {}
     left_out = []
     for row in rows:
         if isinstance(row, LeftOut):
             left_out.append(row)
             continue
-        if patient and row.findings is not None:
-            match = re.search(patient, row.image)
+        if options.patient and row.findings is not None:
+            match = re.search(options.patient, row.image)
             person = match and match[min(1, match.re.groups)]
             if not person:
-                raise InputError(f"{row.image} does not match --patient {patient}: correct it")
+                raise InputError(f"{row.image} does not match --patient {options.patient}: correct "
+                                 "it")
             row = row._replace(patient=person)
-        if no_split:
+        if options.no_split:
             row = row._replace(split="")
         if " and " in row.split:
             raise InputError(f"{row.image} has folders for {row.split} in its path: rename one, or "
@@ -557,79 +891,175 @@ def tidy(rows, patient, no_split):
         if row.split not in ("train", "test"):
             row = row._replace(split="")
         if row.findings is not None:
-            names = {name.strip().lower() for name in row.findings if not is_normal(name)}
-            row = row._replace(findings="|".join(sorted(names)))
-        if table.setdefault(row.image, row) != row:
+            row = row._replace(findings=clean(row.findings))
+        if seen.setdefault(row.image, row) != row:
             raise InputError(f"{row.image} has conflicting rows: remove one of them")
     rows = []
-    for row in table.values():
+    for row in seen.values():
         if row.findings is None:
             left_out.append(LeftOut(row.image, "neither normal nor with a finding"))
+        elif bad_name(row.image):
+            left_out.append(LeftOut(row.image, bad_name(row.image)))
         elif NOT_UTF8.search("".join(row)):
-            left_out.append(LeftOut(row.image, "whose name is not UTF-8"))
+            left_out.append(LeftOut(row.image, "with letters that are not UTF-8"))
         else:
             rows.append(row)
-    if {row.split for row in rows if row.split} == {"train"}:    # train alone is no split
-        left_out += [LeftOut(row.image, "not in train") for row in rows if not row.split]
-        rows = [row._replace(split="") for row in rows if row.split]
-    by_reason = {}
+    return rows, left_out
+
+
+def report_left_out(left_out):
+    """Says how many are left out for each reason: -> the sentence about the most frequent one."""
+    by_reason = collections.defaultdict(list)
     for image in left_out:
-        by_reason.setdefault(image.reason, []).append(image)
+        by_reason[image.reason].append(image)
+    sentences = {}
     for reason, images in by_reason.items():
-        first = f"{images[0].image}: {images[0].detail}".strip(": ")
-        print(f"left out: {len(images)} {reason}; the first is {first}", file=sys.stderr)
+        detail = f" ({images[0].detail})" if images[0].detail else ""
+        sentences[reason] = f"{len(images)} {reason}; the first is {images[0].image}{detail}"
+        say(f"left out: {sentences[reason]}")
+    if not sentences:
+        return ""
+    reason = max(by_reason, key=lambda reason: len(by_reason[reason]))
+    return f": {sentences[reason]}: {REMEDIES.get(reason, 'name another SOURCE')}"
+
+
+def hold_out(rows, own_split):
+    """Rows with a split in which nobody is in train and in test."""
+    parts = {row.split for row in rows if row.split}
+    if parts == {"train"} and not own_split:               # train alone is no split
+        unused = [row for row in rows if not row.split]
+        if unused:
+            report_left_out([LeftOut(row.image, "not in train") for row in unused])
+        rows = [row for row in rows if row.split]
+        parts = set()
+    if not parts and not any(row.findings for row in rows):
+        say("no findings: all images are for train")
+        return [row._replace(split="train") for row in rows]
+    if not parts:
+        say("no split: a fixed fifth of the patients is held out")
+        numbers = [zlib.crc32(os.fsencode(row.patient or row.image)) % 1000 for row in rows]
+        return [row._replace(split="test" if number < 200 else "train")
+                for row, number in zip(rows, numbers)]
     tested = {row.patient for row in rows if row.split == "test" and row.patient}
     both = {row.image for row in rows if row.split == "train" and row.patient in tested}
     if both:
-        print(f"out of train: {len(both)} of people in test", file=sys.stderr)
+        say(f"out of train: {len(both)} of people in test")
     return [row._replace(split="") if row.image in both else row for row in rows]
 
 
-def main():
+def check_patients(rows):
+    """Says which patients may be one person in two spellings, and who has very many images."""
+    spellings = collections.defaultdict(dict)
+    images = collections.Counter()
+    for row in rows:
+        if row.patient:
+            number = re.sub(r"\.0+$", "", row.patient.lower())
+            number = re.sub(r"(?<!\d)0+(?=\d)", "", number)
+            spellings[number].setdefault(row.patient, row.image)
+            images[row.patient] += 1
+    doubtful = [list(names.items()) for names in spellings.values() if len(names) > 1]
+    if doubtful:
+        (one, first), (other, second) = doubtful[0][:2]
+        say(f"check: {len(doubtful)} patients are spelled in several ways; the first is {one} "
+            f"({first}) and {other} ({second})")
+    for patient, count in images.most_common(3):
+        if len(rows) >= 50 and count > len(rows) / 10:
+            first = next(row.image for row in rows if row.patient == patient)
+            say(f"check: patient {patient} has {count} of {len(rows)} images; the first is {first}")
+
+
+def report(rows):
+    """Says what is in the table."""
+    findings = collections.Counter(name for row in rows if row.findings
+                                   for name in row.findings.split("|"))
+    listed = [f"{name} ({count})" for name, count in findings.most_common(20)]
+    say(f"findings: {', '.join(listed) or 'none'}")
+    for name, split in (("all", None), ("train", "train"), ("held out (test)", "test"),
+                        ("in neither", "")):
+        part = [row for row in rows if split in (None, row.split)]
+        people = len({row.patient or row.image for row in part})
+        normal = sum(not row.findings for row in part)
+        unknown = sum(not row.patient for row in part)
+        say(f"{name}: {len(part)} images of {people} patients, {normal} of them normal; {unknown} "
+            "without a patient count as one each")
+
+
+OPTIONS = {
+    "--data": {"type": Path, "metavar": "FOLDER",
+               "help": "the folder of the images; rows without a file there are left out"},
+    "--images": {"type": Path, "metavar": "FOLDER", "required": True,
+                 "help": "the folder to write PNG files to"},
+    "--masks": {"type": Path, "metavar": "FOLDER",
+                "help": "the folder to write the published boxes to, as masks"},
+    "--patient": {"metavar": "REGEX", "help": "the patient in a path: the first group"},
+    "--no-split": {"action": "store_true",
+                   "help": "ignore the published split: hold out a fixed fifth of all patients"},
+    "--all-normal": {"action": "store_true", "help": "all images are normal"},
+}
+SETS = {table: ["--data", "--patient", "--no-split"],
+        nih: ["--data", "--masks", "--no-split"],
+        chexpert: ["--data", "--no-split"],
+        mimic: ["--data", "--no-split"],
+        rsna: ["--images", "--masks"],
+        vindr: ["--images", "--masks", "--no-split"],
+        kermany: ["--no-split"],
+        lists: ["--data", "--patient", "--no-split"],
+        medmnist: ["--images", "--no-split"],
+        folders: ["--patient", "--no-split", "--all-normal"],
+        dicom: ["--images", "--patient", "--no-split", "--all-normal"]}
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    sets = {rule.__name__: rule for rule in (nih, chexpert, mimic, rsna, vindr, kermany, lists,
-                                             medmnist, folders, dicom)}
-    convert_to_png = ("dicom", "medmnist", "rsna", "vindr")
-    parser.add_argument("set", choices=sets)
-    parser.add_argument("source", type=Path, nargs="+", help="lists: TRAIN [TEST]")
-    parser.add_argument("--patient", metavar="REGEX", help="the patient in a path: the first group")
-    parser.add_argument("--no-split", action="store_true", help="train, test and val are one")
-    parser.add_argument("--images", type=Path, metavar="FOLDER",
-                        help="dicom, medmnist, rsna, vindr: the folder to write PNG files to")
-    args = parser.parse_args()
-    if len(args.source) > 1 + (args.set == "lists"):
-        parser.error(f"{args.set} takes one SOURCE")
-    if args.images and args.set not in convert_to_png:
-        parser.error(f"{args.set} writes no images: leave out --images")
-    if not args.images and args.set in convert_to_png:
-        parser.error(f"{args.set} needs --images FOLDER, the folder to write PNG files to")
-    sources = [*args.source, args.images] if args.images else args.source
+    parser.set_defaults(data=None, images=None, masks=None, patient=None, no_split=False,
+                        all_normal=False, boxes=collections.defaultdict(list))
+    sets = parser.add_subparsers(dest="set", metavar="SET", required=True)
+    for rule, names in SETS.items():
+        description = inspect.cleandoc(rule.__doc__)
+        subparser = sets.add_parser(rule.__name__, help=description.partition("\n")[0],
+                                    description=description,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+        subparser.set_defaults(rule=rule)
+        subparser.add_argument("source", type=Path, metavar="SOURCE",
+                               nargs="+" if rule is lists else None)
+        for name in names:
+            subparser.add_argument(name, **OPTIONS[name])
+    options = parser.parse_args()
+    if options.rule is lists and len(options.source) > 3:
+        parser.error("lists takes at most three lists: TRAIN VAL TEST")
+    if options.images:
+        options.data = options.images
+    elif options.rule in (nih, chexpert, mimic):
+        options.data = options.data or options.source
+    return options
+
+
+def main():
+    options = parse_arguments()
     try:
-        rows = tidy(sets[args.set](*sources), args.patient, args.no_split)
+        rows, left_out = tidy(options.rule(options), options)
+        reason = report_left_out(left_out)
         if not rows:
-            raise InputError(f"{args.source[0]} has no image for the table: see the description "
-                             f"of {args.set} in make_table.py")
-        held_out = [row for row in rows if row.split == "test"]
-        for name, part in (("all", rows), ("held out (test)", held_out)):
-            people = len({row.patient or row.image for row in part})
-            normal = sum(not row.findings for row in part)
-            unknown = sum(not row.patient for row in part)
-            print(f"{name}: {len(part)} images of {people} patients, {normal} of them normal; "
-                  f"{unknown} without a patient count as one each", file=sys.stderr)
+            source = options.source[0] if options.rule is lists else options.source
+            raise InputError(f"{source} has no image for the table{reason}")
+        rows = hold_out(rows, options.rule is table)
+        if options.masks:
+            rows = write_masks(rows, options)
+        check_patients(rows)
+        report(rows)
         sys.stdout.reconfigure(encoding="utf-8")
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows(rows)
         sys.stdout.flush()
     except (InputError, OSError, re.error) as error:
-        print(f"make_table.py: {error}", file=sys.stderr)
+        say(f"make_table.py: {error}")
         sys.exit(2)
     except ImportError as error:
-        print(f"make_table.py: {args.set} needs {error.name}: pip install -r requirements.txt",
-              file=sys.stderr)
+        say(f"make_table.py: {options.set} needs {error.name}: pip install -r requirements.txt")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("make_table.py: stopped; the same command goes on from here", file=sys.stderr)
+        say("make_table.py: stopped; the same command goes on from here")
         sys.exit(130)
 
 

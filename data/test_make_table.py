@@ -1,9 +1,11 @@
-"""Tests of make_table.py. The tables are asserted row by row.
+"""Tests of make_table.py. The tables are asserted row by row, and all are checked for the contract.
 
-Pixels are compared with what pydicom's own functions give, classes and parts with an oracle that
-knows what each drawn name means, and pydicom's packaged files are read as they are.
+Pixels are compared with what pydicom's own functions give, masks with a loop over all pixels,
+classes and parts with an oracle that knows what each drawn name means, and pydicom's packaged files
+are read as they are.
 """
 
+import argparse
 import contextlib
 import csv
 import gzip
@@ -13,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
-import afire  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_table as script  # noqa: E402
 
 SCRIPT = Path(script.__file__)
@@ -33,11 +35,12 @@ FLAGS = ("No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung L
          "Support Devices")
 CHEXPERT = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{FLAGS}\n"
 NIH = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+NIH_BOXES = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
 VINDR = "image_id,rad_id,Cardiomegaly,Other disease{},No finding\n"
 
 
-def make_table(*arguments, status=0):
-    """-> the rows as lines without the header, what is on stderr."""
+def run(*arguments, status=0):
+    """-> what is on stdout as bytes, what is on stderr."""
     stdout = io.TextIOWrapper(io.BytesIO())
     stderr = io.StringIO()
     found = 0
@@ -48,15 +51,63 @@ def make_table(*arguments, status=0):
                 script.main()
             except SystemExit as exit:
                 found = exit.code
-    assert found == status, stderr.getvalue()
-    lines = stdout.buffer.getvalue().decode().splitlines()
-    assert lines[:1] == (["image,findings,patient,split"] if status == 0 else [])
-    return lines[1:], stderr.getvalue()
+    assert (found or 0) == status, stderr.getvalue()
+    stdout.flush()
+    return stdout.buffer.getvalue(), stderr.getvalue()
+
+
+def make_table(*arguments, status=0):
+    """-> the rows as lines without the header, and without an empty mask; what is on stderr."""
+    output, said = run(*arguments, status=status)
+    if status:
+        assert output == b"", "a table that is refused is not begun"
+        return [], said
+    assert_contract(output.decode())
+    return [line.removesuffix(",") for line in output.decode().splitlines()[1:]], said
+
+
+def assert_contract(text):
+    """Is this a table that afire.py takes?"""
+    rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    images = [row["image"] for row in rows]
+    assert text.startswith("image,findings,patient,split,mask\n")
+    assert len(set(images)) == len(images) and "" not in images
+    parts = {}
+    for row in rows:
+        assert list(row) == ["image", "findings", "patient", "split", "mask"]
+        assert row["split"] in ("train", "test", "")
+        findings = row["findings"].split("|") if row["findings"] else []
+        assert findings == sorted({finding.strip().lower() for finding in findings})
+        assert not re.search("[,;]", row["findings"])
+        assert not {"", "normal", "no finding", "no_finding", "healthy"} & set(findings)
+        assert row["image"] == row["image"].strip() and "\\" not in row["image"]
+        parts.setdefault(row["patient"] or row["image"], set()).add(row["split"])
+    assert not [patient for patient, found in parts.items() if {"train", "test"} <= found]
+
+
+def split(lines):
+    """Lines with the split that they get where none is published."""
+    rows = list(csv.reader(lines))
+    any_finding = any(row[1] for row in rows)
+    held_out = [any_finding and zlib.crc32((row[2] or row[0]).encode()) % 1000 < 200
+                for row in rows]
+    return [line + ("test" if test else "train") for line, test in zip(lines, held_out)]
 
 
 def left_out(stderr):
     """How many files are left out for each reason, as stderr counts them."""
     return [int(count) for count in re.findall(r"^left out: (\d+) ", stderr, re.M)]
+
+
+def counts(stderr, part):
+    """The numbers of the line about a part: images, patients, normal, without a patient."""
+    line = next(line for line in stderr.splitlines() if line.startswith(part))
+    return [int(number) for number in re.findall(r"\d+", line)]
+
+
+def refusal(*arguments):
+    """The one sentence about bad input, which is the last line."""
+    return make_table(*arguments, status=2)[1].splitlines()[-1]
 
 
 def write(folder, files):
@@ -68,6 +119,151 @@ def write(folder, files):
             file.write(text)
 
 
+def touch(folder, paths):
+    write(folder, dict.fromkeys(paths, ""))
+
+
+# ---- Your own CSV --------------------------------------------------------------------------------
+
+def own(folder, text, *options, status=0):
+    write(folder, {"own.csv": text})
+    return make_table("table", folder / "own.csv", *options, status=status)
+
+
+def test_a_table_is_tidied_and_gets_a_split(tmp_path):
+    lines = [f"{i}.png,{'NO finding ' if i % 2 else ' Mass| nodule|mass|'},{i // 2},x"
+             for i in range(80)]
+    rows, said = own(tmp_path, "\n".join(["\ufeff Findings x, Image ,FINDINGS,Patient",
+                                           *(f",{line[:-2]}" for line in lines)]))
+    expected = [f"{i}.png,{'' if i % 2 else 'mass|nodule'},{i // 2}," for i in range(80)]
+    assert rows == split(expected)
+    assert "findings x" in said, "the ignored column is named"
+    assert counts(said, "all") == [80, 40, 40, 0]
+    tests = sum(row.endswith("test") for row in rows)
+    assert 8 <= tests <= 24 and tests % 2 == 0
+    assert counts(said, "held out (test)") == [tests, tests // 2, tests // 2, 0]
+    assert counts(said, "train") == [80 - tests, 40 - tests // 2, 40 - tests // 2, 0]
+
+
+@pytest.mark.parametrize("text, rows", [
+    ("image,findings\na.png,\nb.png,Healthy\n", ["a.png,,,train", "b.png,,,train"]),
+    ("split,patient,findings,image,mask\nTrain,1, Normal,a.png,\ntesting,2,Mass,b.png,m/b.png\n"
+     ",,,c.png,\nVAL,3,mass,d.png,\n",
+     ["a.png,,1,train", "b.png,mass,2,test,m/b.png", "c.png,,,", "d.png,mass,3,"]),
+    # The split of one's own table is taken as it is.
+    ("image,findings,split\na.png,mass,train\nb.png,,train\nc.png,,\n",
+     ["a.png,mass,,train", "b.png,,,train", "c.png,,,"]),
+    ("image,findings,patient,split\na.png,mass,1,test\nb.png,,1,train\n",
+     ["a.png,mass,1,test", "b.png,,1,"]),
+    # Equal rows and empty ones count once and not at all; letters of any language stay.
+    ("image,findings\na.png,Mass\n,\n\n a.png , mass\n\u00e4.png,N\u00d3DULO\n",
+     split(["a.png,mass,,", "\u00e4.png,n\u00f3dulo,,"]))])
+def test_what_a_table_may_say(tmp_path, text, rows):
+    assert own(tmp_path, text)[0] == rows
+
+
+@pytest.mark.parametrize("text, words", [
+    ("picture,findings\na.png,x\n", ["picture", "image"]),
+    ("image;findings\na.png;x\n", ["image;findings"]), ("", ["image"]),
+    ("image,findings,Findings\na.png,x,\n", ["line 1"]),
+    ("image,findings\nb.png,x\na.png\n", ["line 3"]),
+    ("image,findings\n\nb.png,x\na.png,x,1\n", ["line 4"]),
+    ("image,findings\n,mass\n", ["line 2"]),
+    ("image,findings,split\na.png,,dev\n", ["line 2", "dev"]),
+    ("image,findings,patient\na.png,Mass,1\nb.png,,\na.png,Mass,2\n",
+     ["line 4", "line 2", "a.png"]),
+    ("image,findings\nb.png,x\na.png,\"Mass\nc.png,\n", ["line 3", "quote"]),
+    ("image,findings\nb.png,x\na.png,\"Mass\nc.png,\"x|y\"\n", ["line 3", "quote"]),
+    ("image,findings\na.png,\"" + 200_000 * "x", ["line 2"]),
+    ("image,findings\na.png,\"mass, edema\"\n", ["line 2", "mass, edema", "|"]),
+    ("image,findings\na.png,mass;edema\n", ["line 2", "mass;edema", "|"]),
+    ("image,findings\n", ["no image"]),
+    ("image,findings\ntrain\\a.png,\ntrain\\b.png,\n", ["2 ", "train\\a.png", "\\", "/"])])
+def test_a_table_that_cannot_be_trusted_is_refused_with_its_line(tmp_path, text, words):
+    sentence = own(tmp_path, text, status=2)[1].splitlines()[-1]
+    assert "own.csv" in sentence
+    assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize("content, line", [
+    ("image,findings\na.png,\n".encode("utf-16"), "line 1"),
+    (b"image,findings\na.png,\nb.png,\xe9d\xe8me\n", "line 3")])
+def test_a_source_that_is_not_utf8_says_so(tmp_path, content, line):
+    (tmp_path / "own.csv").write_bytes(content)
+    for arguments in ["table", tmp_path / "own.csv"], ["lists", tmp_path / "own.csv"]:
+        sentence = refusal(*arguments)
+        assert "own.csv" in sentence and line in sentence and "UTF-8" in sentence
+    (tmp_path / "own.csv").rename(tmp_path / "Data_Entry_2017.csv")
+    assert line in refusal("nih", tmp_path)
+    (tmp_path / "Data_Entry_2017.csv").write_text(NIH)
+    for name in "train_val_list.txt", "test_list.txt":
+        (tmp_path / name).write_bytes(content)
+    assert "train_val_list.txt" in refusal("nih", tmp_path)
+
+
+def test_rows_of_a_table_are_matched_with_the_files(tmp_path):
+    touch(tmp_path / "set", ["a.png", "deep/b.JPG", "c.png", ".d.png", "masks/e.png"])
+    text = ("image,findings\na.png,\ndeep/b.JPG,mass\nb.JPG,mass\n.d.png,\nmasks/e.png,\n"
+            "deep\\f.png,\n")
+    rows, said = own(tmp_path, text, "--data", tmp_path / "set")
+    assert rows == split(["a.png,,,", "deep/b.JPG,mass,,", "masks/e.png,,,"])
+    assert sorted(left_out(said)) == [1, 2] and "b.JPG" in said and "deep\\f.png" in said
+    assert re.search(r"^1 of 4 files .* c\.png$", said, re.M), "a file without a row"
+    sentence = own(tmp_path, "image,findings\nx/a.png,\ny.png,\n", "--data", tmp_path / "set",
+                   status=2)[1].splitlines()[-1]
+    assert "x/a.png" in sentence and "a.png" in sentence.replace("x/a.png", "") and "2 " in sentence
+    assert "nowhere" in own(tmp_path, text, "--data", tmp_path / "nowhere", status=2)[1]
+    assert "gone.csv" in refusal("table", tmp_path / "gone.csv")
+
+
+@pytest.mark.parametrize("spell, named", [
+    (lambda patient, odd: str(patient), []),
+    (lambda patient, odd: f"{patient}.0" if odd else patient, ["30 ", "0 (", "0.0 ("]),
+    (lambda patient, odd: f"{patient:06}" if odd else patient, ["30 ", "000000 ("]),
+    (lambda patient, odd: f"{'pP'[odd]}{patient}", ["30 ", "p0 (", "P0 ("]),
+    (lambda patient, odd: f"p{patient:0{3 - odd}}", ["30 ", "p000 (", "p00 ("]),
+    (lambda patient, odd: "nan", ["nan", "60 of 60", "000.png"]),
+    (lambda patient, odd: "8.4E+17" if patient > 22 else patient, ["8.4E+17", "14 of 60"]),
+    (lambda patient, odd: "x" if patient > 26 else patient, []),        # exactly a tenth
+    (lambda patient, odd: "", [])])
+def test_patients_that_may_be_one_or_many_are_named(tmp_path, spell, named):
+    lines = [f"{i:03}.png,,{spell(i // 2, i % 2)}" for i in range(60)]
+    rows, said = own(tmp_path, "\n".join(["image,findings,patient", *lines]))
+    assert rows == [f"{line},train" for line in lines]
+    checks = [line for line in said.splitlines() if line.startswith("check")]
+    assert len(checks) == bool(named)
+    assert [word for word in named if word not in checks[0]] == []
+
+
+def test_few_images_of_one_patient_are_no_reason_to_ask(tmp_path):
+    lines = [f"{i}.png,,1\n" for i in range(49)]
+    assert "check" not in own(tmp_path, "image,findings,patient\n" + "".join(lines))[1]
+
+
+def test_findings_that_may_be_several_are_named(tmp_path):
+    text = "image,findings\na.png,no lung opacity\nb.png,mass/edema\nc.png,mass and edema\n"
+    rows, said = own(tmp_path, text)
+    assert [row.split(",")[1] for row in rows] == ["no lung opacity", "mass/edema",
+                                                   "mass and edema"]
+    assert re.search(r"^2 rows.*line 3 \(mass/edema\)$", said, re.M)
+
+
+CELLS = st.tuples(st.sampled_from([f"{i}.png" for i in range(40)]),
+                  st.sampled_from(["", "No Finding", "Mass", "mass|Nodule", "nodule | mass"]),
+                  st.sampled_from(["", "1", "2", "3"]), st.sampled_from(["", "train", "test"]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(CELLS, min_size=1, max_size=12, unique_by=lambda cells: cells[0]))
+def test_a_table_of_a_table_is_the_same(tmp_path_factory, cells):
+    folder = tmp_path_factory.mktemp("own")
+    text = io.StringIO()
+    csv.writer(text).writerows([("image", "findings", "patient", "split"), *cells])
+    rows, _ = own(folder, text.getvalue())
+    assert [row.split(",")[0] for row in rows] == [image for image, *_ in cells]
+    assert own(folder, "\n".join(["image,findings,patient,split", *rows]))[0] == rows
+
+
 # ---- Label files ---------------------------------------------------------------------------------
 
 def test_nih(tmp_path):
@@ -76,23 +272,52 @@ def test_nih(tmp_path):
                      + "00000001_000.png,Mass|Cardiomegaly,0,1,58,M,PA\n"
                      "00000002_000.png, No Finding ,0, 2 ,81,M,PA\n"
                      "00000003_000.png,Hernia,0,3,81,F,AP\n"
-                     "00000003_001.png,Pleural_Thickening,1,3,81,F,AP\n"})
+                     "00000003_001.png,Pleural_Thickening,1,3,81,F,AP\n"
+                     "00000004_000.png,Mass,1,4,81,F,AP\n"})
     rows = ["00000001_000.png,cardiomegaly|mass,1,", "00000002_000.png,,2,",
             "00000003_000.png,hernia,3,", "00000003_001.png,pleural_thickening,3,"]
-    assert make_table("nih", tmp_path)[0] == rows
+    assert "00000001_000.png" in refusal("nih", tmp_path), "there is no image"
+    touch(tmp_path, [*(row.split(",")[0] for row in rows), "00000009_000.png"])
+    found, said = make_table("nih", tmp_path)
+    assert found == split(rows)
+    assert left_out(said) == [1] and "00000004_000.png" in said and "00000009_000.png" in said
     write(tmp_path, {"train_val_list.txt": "00000001_000.png\n00000003_001.png\n"})
-    assert "test_list.txt" in make_table("nih", tmp_path, status=2)[1]
-    write(tmp_path, {"test_list.txt": "00000003_000.png\n",
-                     "images_001/images/00000001_000.png": ""})
-    split_rows, counts = make_table("nih", tmp_path)
-    assert split_rows == [f"images_001/images/{rows[0]}train", rows[1], rows[2] + "test", rows[3]]
-    assert "out of train: 1 of people in test" in counts
-    assert "all: 4 images of 3 patients, 1 of them normal" in counts
-    assert "(test): 1 images of 1 patients, 0 of them normal" in counts
+    assert "test_list.txt" in refusal("nih", tmp_path)
+    write(tmp_path, {"test_list.txt": "00000003_000.png\n00000008_000.png\n"})
+    (tmp_path / "images_001/images").mkdir(parents=True)
+    (tmp_path / rows[0].split(",")[0]).rename(tmp_path / "images_001/images/00000001_000.png")
+    found, said = make_table("nih", tmp_path)
+    assert found == [f"images_001/images/{rows[0]}train", rows[1], rows[2] + "test", rows[3]]
+    assert re.search("^out of train: 1 ", said, re.M)
+    assert counts(said, "all") == [4, 3, 1, 0] and counts(said, "train") == [1, 1, 0, 0]
+    assert counts(said, "held out (test)") == [1, 1, 0, 0]
+    assert counts(said, "in neither") == [2, 2, 1, 0]
+    assert re.search("^1 of 4 in .* 00000008_000.png$", said, re.M), "of the lists, not in the CSV"
+    assert re.search("^2 of 5 in .* 00000002_000.png$", said, re.M), "of the CSV, in no list"
+    assert make_table("nih", tmp_path, "--no-split")[0] == split(
+        [f"images_001/images/{rows[0]}", *rows[1:]])
+    touch(tmp_path, ["copy/00000002_000.png"])
+    sentence = refusal("nih", tmp_path)
+    assert "copy/00000002_000.png" in sentence and "--data" in sentence
+    assert make_table("nih", tmp_path, "--data", tmp_path / "copy")[0] == [
+        "00000002_000.png,,2,train"]
     write(tmp_path, {"train_val_list.txt": "", "Data_Entry_2017.csv": NIH + ",,,,,,\n"
                      + "00000001_000.png,Mass,0,1,58,M,PA\n , ,,,,,\n"})
     (tmp_path / "test_list.txt").unlink()
-    assert make_table("nih", tmp_path)[0] == ["images_001/images/00000001_000.png,mass,1,"]
+    assert make_table("nih", tmp_path)[0] == split(["images_001/images/00000001_000.png,mass,1,"])
+
+
+@pytest.mark.parametrize("line", ["images/{}\n", "{}.jpg\n", "{},\n", "{:.12}\n"])
+def test_official_lists_that_match_nothing_are_refused(tmp_path, line):
+    images = [f"0000000{i}_000.png" for i in range(1, 7)]
+    touch(tmp_path, images)
+    write(tmp_path, {"Data_Entry_2017.csv": "\ufeff" + NIH
+                     + "".join(f"{image},Mass,0,{image[:8]},5,M,PA\n" for image in images),
+                     "train_val_list.txt": "".join(line.format(image) for image in images[:4]),
+                     "test_list.txt": "".join(line.format(image) for image in images[4:])})
+    sentence = refusal("nih", tmp_path)
+    assert images[0] in sentence.replace(line.format(images[0]).strip(), "", 1)
+    assert line.format(images[0]).strip() in sentence
 
 
 def test_chexpert(tmp_path):
@@ -102,42 +327,78 @@ def test_chexpert(tmp_path):
     first = "train/patient00001/study1/view1_frontal.jpg"
     second = "train/patient00002/study1/view1_frontal.jpg"
     third = "valid/patient64541/study1/view1_frontal.jpg"
+    touch(tmp_path, [first, second, third])
     write(tmp_path, {"train.csv": CHEXPERT + row(first, "Frontal", "1.0,,,,,,,,,,,,,1.0")
                      + row(second, "Frontal", ",,,1.0,,1.0,-1.0,,,,,,,")
                      + row(second.replace("view1", "view2"), "Lateral", ",,,1.0,,1.0,-1.0,,,,,,,")
                      + row(first.replace("1/", "3/"), "Frontal", ",,,,,,-1,,,,0.0,,,1.0")})
+    touch(tmp_path, [second.replace("view1", "view2"), first.replace("1/", "3/")])
     rows = [f"{first},,patient00001,", f"{second},edema|lung opacity,patient00002,"]
-    train_rows, counts = make_table("chexpert", tmp_path)
-    assert train_rows == rows and left_out(counts) == [1]
+    train_rows, said = make_table("chexpert", tmp_path)
+    assert train_rows == split(rows) and left_out(said) == [1, 1]      # lateral, without a finding
+    assert f"{third}\n" in said, "a file without a row"
     write(tmp_path, {"valid.csv": CHEXPERT + row(third, "Frontal", "0.0," * 12 + "1.0,0.0")})
     rows = [row + "train" for row in rows] + [f"{third},fracture,patient64541,test"]
     assert make_table("chexpert", tmp_path)[0] == rows
-    (tmp_path / "CheXpert-v1.0-small").mkdir()
-    assert make_table("chexpert", tmp_path)[0] == [f"CheXpert-v1.0-small/{row}" for row in rows]
+    assert make_table("chexpert", tmp_path, "--no-split")[0] == split(
+        [row.rpartition(",")[0] + "," for row in rows])
+    # As the folder is downloaded, in parts of other depths, with the CSV files in one of them.
+    batches = "CheXpert-v1.0 batch 1 (validate & csv)", "CheXpert-v1.0 batch 2 (train 1)"
+    (tmp_path / "all").mkdir()
+    for source, target in (("train.csv", batches[0]), ("valid.csv", batches[0]),
+                           ("valid", batches[0]), ("train", batches[1])):
+        (tmp_path / "all" / target).mkdir(exist_ok=True)
+        shutil.move(tmp_path / source, tmp_path / "all" / target / source)
+    for path in (tmp_path / "all" / batches[1] / "train").iterdir():
+        path.rename(path.parent.parent / path.name)
+    moved = [row.replace("train/", f"{batches[1]}/").replace("valid/", f"{batches[0]}/valid/")
+             for row in rows]
+    assert make_table("chexpert", tmp_path / "all")[0] == moved
+    touch(tmp_path / "all", [f"small/{first}"])
+    sentence = refusal("chexpert", tmp_path / "all")
+    assert f"small/{first}" in sentence and "--data" in sentence
 
 
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz"])
 def test_mimic(tmp_path, suffix):
-    def split(part):
-        return {f"mimic-cxr-2.0.0-split.{suffix}": "dicom_id,study_id,subject_id,split\n"
-                f"aa,50414267,10000032,train\ncc,57375967,10000764,{part}\n"}
+    def published(name):
+        return f"mimic-cxr-2.0.0-{name}.{suffix}"
+
+    def split_file(*lines):
+        write(tmp_path, {published("split"): "\n".join(["dicom_id,study_id,subject_id,split",
+                                                        *lines])})
 
     write(tmp_path, {
-        f"mimic-cxr-2.0.0-chexpert.{suffix}": f"subject_id,study_id,{FLAGS}\n"
+        published("chexpert"): f"subject_id,study_id,{FLAGS}\n"
         f"10000032,50414267,1.0{13 * ','}\n10000764,57375967,,,1.0,,,,-1.0{7 * ','}\n"
-        f"10000898,50771383,,-1.0{12 * ','}\n",
-        f"mimic-cxr-2.0.0-metadata.{suffix}":
+        f"10000898,50771383,,-1.0{12 * ','}\n10000900,59999999{14 * ','}\n",
+        published("metadata"):
         "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition\n"
         "aa,10000032,50414267,CHEST,PA\nbb,10000032,50414267,CHEST,LATERAL\n"
-        "cc,10000764,57375967,CHEST,AP\ndd,10000898,50771383,CHEST,PA\n"})
+        "cc,10000764,57375967,CHEST,AP\ndd,10000898,50771383,CHEST,PA\n"
+        "ee,10000898,50771383,CHEST,\nff,10000901,58888888,CHEST,PA\n"})
     rows = ["files/p10/p10000032/s50414267/aa.jpg,,10000032,",
             "files/p10/p10000764/s57375967/cc.jpg,cardiomegaly,10000764,"]
-    assert make_table("mimic", tmp_path)[0] == rows
-    write(tmp_path, split("validate"))
-    kept, counts = make_table("mimic", tmp_path)
-    assert kept == rows[:1] and left_out(counts) == [1, 1]         # train alone is no split
-    write(tmp_path, split("test"))
+    assert "aa.jpg" in refusal("mimic", tmp_path), "there is no image"
+    touch(tmp_path, [*(row.split(",")[0] for row in rows), "files/p10/p10000898/s50771383/dd.jpg"])
+    found, said = make_table("mimic", tmp_path)
+    assert found == split(rows)
+    assert left_out(said) == [1, 1, 1, 1]          # lateral, unknown view, no file, no finding
+    assert "59999999" in said and "58888888" in said, "a study in one of the files only"
+    split_file("aa,50414267,10000032,train", "cc,57375967,10000764,validate",
+               "zz,1,1,test")                                  # train alone is no split
+    found, said = make_table("mimic", tmp_path)
+    assert found == [rows[0] + "train"] and left_out(said)[-1] == 1 and "zz" in said
+    split_file("aa,50414267,10000032,train", "cc,57375967,10000764,test")
     assert make_table("mimic", tmp_path)[0] == [rows[0] + "train", rows[1] + "test"]
+    assert make_table("mimic", tmp_path, "--no-split")[0] == split(rows)
+    split_file("aa.jpg,50414267,10000032,train", "cc.jpg,57375967,10000764,test")
+    assert "aa.jpg" in refusal("mimic", tmp_path)
+    split_file("aa,50414267,10000032,train", "cc,57375967,10000764,test")
+    write(tmp_path, {published("chexpert"): f"subject_id,study_id,{FLAGS}\n10000032,s50414267,1.0"
+                     f"{13 * ','}\n"})
+    sentence = refusal("mimic", tmp_path)
+    assert "s50414267" in sentence and " 50414267" in sentence
 
 
 def test_kermany(tmp_path):
@@ -151,34 +412,49 @@ def test_kermany(tmp_path):
             "train/PNEUMONIA/person1_bacteria_1.jpeg,pneumonia,train/person1,train",
             "train/PNEUMONIA/person1_virus_6.jpeg,pneumonia,train/person1,train",
             "val/NORMAL/NORMAL2-IM-1427-0001.jpeg,,NORMAL2-IM-1427,"]
-    write(tmp_path, {row.split(",")[0]: "" for row in rows})
-    write(tmp_path, {"train/NORMAL/._IM-0429-0001.jpeg": ""})
+    touch(tmp_path, [row.split(",")[0] for row in rows] + ["train/NORMAL/._IM-0429-0001.jpeg"])
     assert make_table("kermany", tmp_path)[0] == rows
-    assert make_table("kermany", tmp_path, "--no-split")[0] == [
-        row[:row.rindex(",") + 1] for row in rows]
-    assert make_table("kermany", tmp_path / "test")[0][2] == (
-        "PNEUMONIA/person1_virus_7.jpeg,pneumonia,person1,")
-    write(tmp_path, {"test/NORMAL/other.png": ""})
-    assert "test/NORMAL/other.png" in make_table("kermany", tmp_path, status=2)[1]
+    assert make_table("kermany", tmp_path, "--no-split")[0] == split(
+        [row[:row.rindex(",") + 1] for row in rows])
+    alone = make_table("kermany", tmp_path / "test")[0]
+    assert alone[2] == split(["PNEUMONIA/person1_virus_7.jpeg,pneumonia,person1,"])[0]
+    touch(tmp_path, ["test/NORMAL/other.png"])
+    assert "test/NORMAL/other.png" in refusal("kermany", tmp_path)
 
 
 def test_lists(tmp_path):
     none = " 0" * 14
-    write(tmp_path, {"train": f"00000165_001.png{none[:-4]} 1 0\na b/00000193_019.png\t{none}\n\n",
+    write(tmp_path, {"train": f"\ufeff00000165_001.png{none[:-4]} 1 0\n"
+                              f"a b/00000193_019.png\t{none}\n\n",
+                     "val": f"00000200_000.png{none}\n",
                      "test": f"x/00000218_000.png 1{none[2:-2]} 1\n",
                      "day": "20240115_001.png 0 1\n", "bare": "a.png\nb.png\n",
                      "chexpert": f"v/patient00001/study1/view1_frontal.jpg 1{none[2:]}\n",
+                     "other": f"00000165_001.png 1{none[2:]}\nscan1.png 1{none[2:]}\n",
                      "uneven": "a.png 0 1\nb.png 0 1 1\n"})
     rows = ["00000165_001.png,pleural_thickening,00000165,", "a b/00000193_019.png,,00000193,"]
-    assert make_table("lists", tmp_path / "train")[0] == rows
-    assert make_table("lists", tmp_path / "train", tmp_path / "test")[0] == [
-        rows[0] + "train", rows[1] + "train", "x/00000218_000.png,atelectasis|hernia,00000218,test"]
-    # A day's export is not a patient, and CheXpert's 14 findings are not ChestX-ray14's.
-    assert make_table("lists", tmp_path / "day")[0] == ["20240115_001.png,finding_2,,"]
-    assert make_table("lists", tmp_path / "chexpert")[0] == [
-        "v/patient00001/study1/view1_frontal.jpg,finding_1,patient00001,"]
-    assert "b.png" in make_table("lists", tmp_path / "uneven", status=2)[1]
-    assert "a.png" in make_table("lists", tmp_path / "bare", status=2)[1]
+    test = "x/00000218_000.png,atelectasis|hernia,00000218,test"
+    lists = [tmp_path / name for name in ("train", "val", "test")]
+    assert make_table("lists", lists[0])[0] == split(rows)
+    published = [rows[0] + "train", rows[1] + "train", test]
+    assert make_table("lists", lists[0], lists[2])[0] == published
+    published.insert(2, "00000200_000.png,,00000200,")
+    assert make_table("lists", *lists)[0] == published
+    assert make_table("lists", *lists, "--no-split")[0] == split(
+        [row.rpartition(",")[0] + "," for row in published])
+    make_table("lists", *lists, lists[0], status=2)
+    # A day's export is not a patient, and 14 findings of other names are not ChestX-ray14's.
+    assert make_table("lists", tmp_path / "day")[0] == split(["20240115_001.png,finding_2,,"])
+    assert make_table("lists", tmp_path / "chexpert")[0] == split(
+        ["v/patient00001/study1/view1_frontal.jpg,finding_1,patient00001,"])
+    assert make_table("lists", tmp_path / "other")[0] == split(
+        ["00000165_001.png,finding_1,,", "scan1.png,finding_1,,"])
+    assert "b.png" in refusal("lists", tmp_path / "uneven")
+    assert "a.png" in refusal("lists", tmp_path / "bare")
+    assert "gone" in refusal("lists", tmp_path / "gone")
+    touch(tmp_path / "set", ["00000165_001.png", "00000165_002.png"])
+    found, said = make_table("lists", lists[0], "--data", tmp_path / "set")
+    assert found == split(rows[:1]) and left_out(said) == [1] and "00000165_002.png" in said
 
 
 @pytest.mark.parametrize("arguments, text, message", [
@@ -190,30 +466,38 @@ def test_lists(tmp_path):
     (["nih", "--images", "x"], NIH, "--images"), (["dicom"], None, "--images"),
     (["rsna"], None, "--images"), (["vindr"], None, "--images"), (["medmnist"], None, "--images"),
     (["folders", "--images", "x"], None, "--images"),
+    (["rsna", "--images", "x", "--no-split"], None, "--no-split"),
+    (["folders", "--masks", "x"], None, "--masks"), (["nih", "--all-normal"], None, "--all-normal"),
     (["dicom", "--images", "x"], None, "no image"),
     (["nih"], NIH + "a.png,Mass,0,1,5,M,PA\na.png,Mass,0,2,5,M,PA\n", "a.png"),
     (["nih"], NIH, "no image"), (["folders"], None, "no image"),
-    (["nih", "--patient", "("], NIH + "a.png,Mass,0,1,5,M,PA\n", "unterminated"),
+    (["folders", "--all-normal", "--patient", "("], NIH, "unterminated"),
     (["mimic"], None, "mimic-cxr-2.0.0-chexpert")])
 def test_bad_input(tmp_path, arguments, text, message):
     if text:
-        write(tmp_path, {"Data_Entry_2017.csv": text})
-    _, sentence = make_table(arguments[0], tmp_path, *arguments[1:], status=2)
-    assert message in sentence.splitlines()[-1]
+        write(tmp_path, {"Data_Entry_2017.csv": text, "a.png": ""})
+    assert message in refusal(arguments[0], tmp_path, *arguments[1:])
 
 
 def test_the_command_needs_the_standard_library_only_for_tables(tmp_path):
-    write(tmp_path, {"Data_Entry_2017.csv": NIH + "\u00e4.png,Mass,0,1,5,M,PA\n"})
+    write(tmp_path, {"Data_Entry_2017.csv": NIH + "\u00e4.png,Mass,0,1,5,M,PA\n",
+                     "\u00e4.png": ""})
     command = [sys.executable, "-S", SCRIPT, "nih", tmp_path]    # -S: without installed packages
     done = subprocess.run(command, capture_output=True, check=False)
-    assert done.stdout.decode() == "image,findings,patient,split\n\u00e4.png,mass,1,\n", done.stderr
+    row, = split(["\u00e4.png,mass,1,"])
+    expected = f"image,findings,patient,split,mask\n{row},\n"
+    assert done.stdout.decode() == expected, done.stderr
 
 
-def test_rows_that_are_not_utf8_are_left_out(tmp_path):
-    rows = NIH + "a.png,Mass,0,1,5,M,PA\n"
-    (tmp_path / "Data_Entry_2017.csv").write_bytes(rows.encode() + b"\xe9.png,Mass,0,2,5,M,\xe9\n")
-    rows, counts = make_table("nih", tmp_path)
-    assert rows == ["a.png,mass,1,"] and left_out(counts) == [1]
+def test_the_help_of_a_set_is_its_description_and_its_options(tmp_path):
+    listed = run("--help")[0].decode()
+    names = [rule.__name__ for rule in script.SETS]
+    assert names == re.findall(r"^    (\w+) ", listed, re.M) and len(names) == 11
+    for rule in script.SETS:
+        shown = run(rule.__name__, "--help")[0].decode()
+        for line in rule.__doc__.splitlines():
+            assert line.strip() in shown
+        assert ("--masks" in shown) == (rule.__name__ in ("nih", "rsna", "vindr"))
 
 
 # ---- Class folders -------------------------------------------------------------------------------
@@ -222,22 +506,69 @@ def test_folders(tmp_path):
     rows = ["Training/COVID/images/P002_x.JPG,covid,P002,train",
             "Training/No_Finding/P001/a.png,,P001,train", "testing/COVID/P003.png,covid,P003,test",
             "valid/COVID/P004.png,covid,P004,"]
-    write(tmp_path, {row.split(",")[0]: "" for row in rows})
-    write(tmp_path, dict.fromkeys(["Training/COVID/lung Masks/P002_x.png", "Training/@eaDir/P9.png",
-                                   "P005.png", "Training/COVID/notes.txt"], ""))
-    rows_of_people, counts = make_table("folders", tmp_path, "--patient", r"P\d+")
-    assert rows_of_people == rows and left_out(counts) == [1, 1, 1, 1]
+    touch(tmp_path, [row.split(",")[0] for row in rows])
+    touch(tmp_path, ["Training/COVID/lung Masks/P002_x.png", "Training/@eaDir/P9.png",
+                     "Training/COVID/images/P002_Mask.png", "P005.png", "Training/COVID/notes.txt"])
+    rows_of_people, said = make_table("folders", tmp_path, "--patient", r"P\d+")
+    assert rows_of_people == rows and sorted(left_out(said)) == [1, 1, 1, 2]
     assert make_table("folders", tmp_path, "--patient", r"(P\d)\d+")[0][2].endswith(",P0,test")
-    unknown, counts = make_table("folders", tmp_path)
+    unknown, said = make_table("folders", tmp_path)
     assert unknown == [re.sub(r"P\d+,(\w*)$", r",\1", row) for row in rows]
-    assert "all: 4 images of 4 patients" in counts
-    assert "P002_x.JPG" in make_table("folders", tmp_path, "--patient", "P00[13]", status=2)[1]
+    assert counts(said, "all") == [4, 4, 1, 4]
+    assert "P002_x.JPG" in refusal("folders", tmp_path, "--patient", "P00[13]")
     (tmp_path / "testing/COVID/P003.png").unlink()              # no test: no split, no valid
-    assert make_table("folders", tmp_path, "--patient", r"P\d+")[0] == [
-        row.removesuffix("train") for row in rows[:2]]
-    rows, warning = make_table("folders", tmp_path / "Training/COVID")
-    assert rows == ["images/P002_x.JPG,,,"] and "all images are normal" in warning
-    assert "nowhere" in make_table("folders", tmp_path / "nowhere", status=2)[1]
+    assert make_table("folders", tmp_path, "--patient", r"P\d+")[0] == split(
+        [row.removesuffix("train") for row in rows[:2]])
+    assert "nowhere" in refusal("folders", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("paths", [
+    ["PNEUMONIA/a.png", "COVID/b.png"], ["good/a.png", "bad/b.png"], ["0/a.png", "1/b.png"],
+    ["neg/a.png", "pos/b.png"], ["train/MASS/a.png", "test/MASS/b.png"], ["a.png", "b.png"],
+    ["abnormal/a.png", "not_normal/b.png"], ["Normal_vs_COVID/COVID/a.png"],
+    ["normal1.png", "images/test_2.png"]])
+def test_without_a_folder_that_means_normal_a_tree_is_refused(tmp_path, paths):
+    touch(tmp_path, paths)
+    sentence = refusal("folders", tmp_path)
+    assert "--all-normal" in sentence
+    names = {name for path in paths for name in path.split("/")[:-1]}
+    assert [name for name in names if name not in sentence] == []
+    found = make_table("folders", tmp_path, "--all-normal")[0]
+    in_test = {path for path in paths if path.startswith("test/")}
+    assert found == [f"{path},,,{'test' if path in in_test else 'train'}" for path in sorted(paths)]
+
+
+def test_all_normal_holds_for_classes_too(tmp_path):
+    touch(tmp_path, ["NORMAL/a.png", "SICK/b.png", "c.png", "c_mask.png"])
+    rows, said = make_table("folders", tmp_path, "--all-normal")
+    assert rows == ["NORMAL/a.png,,,train", "SICK/b.png,,,train", "c.png,,,train"]
+    assert left_out(said) == [1]
+
+
+@pytest.mark.parametrize("bad", ["x\\NORMAL\\{}.png", "NORMAL/{}.png ", " {}/NORMAL/a.png"])
+def test_names_that_cannot_stand_in_a_table_are_left_out(tmp_path, bad):
+    touch(tmp_path, [bad.format(i) for i in range(3)])
+    sentence = refusal("folders", tmp_path)
+    assert bad.format(0) in sentence and "3 " in sentence
+    if "\\" in bad:
+        assert "\\" in sentence.replace(bad.format(0), "") and "unpack" in sentence
+    touch(tmp_path, ["NORMAL/good.png"])
+    rows, said = make_table("folders", tmp_path)
+    assert rows == ["NORMAL/good.png,,,train"] and left_out(said) == [3]
+
+
+def test_what_is_no_film_is_left_out_and_counted(tmp_path):
+    """What Macs, Jupyter, NAS boxes and Windows leave, links, and other kinds of file."""
+    touch(tmp_path, ["NORMAL/a.png", "COVID/.ipynb_checkpoints/1.png", "@eaDir/1.png/T.jpg",
+                     ".Trash-1000/files/c.png", "$RECYCLE.BIN/x.png", "__MACOSX/Normal/1.png",
+                     "NORMAL/._1.png", "NORMAL/film.tif", "notes.txt", "README"])
+    (tmp_path / "NORMAL/a.dcm").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    rows, said = make_table("folders", tmp_path)
+    assert rows == ["NORMAL/a.png,,,train"]
+    assert sorted(left_out(said)) == [1, 1, 1, 1, 2, 6]     # tif, txt, README, DICOM, links, hidden
+    assert re.search(r"^left out: 1 \.dcm.*dicom", said, re.M)
 
 
 @pytest.mark.parametrize("rows", [
@@ -259,36 +590,43 @@ def test_folders(tmp_path):
     ["normal/a.png,,,", "not_normal/b.png,not_normal,,", "viral/c.png,viral,,"],
     ["Normal_vs_COVID/COVID/a.png,covid,,", "Normal_vs_COVID/Normal/b.png,,,"]])
 def test_the_class_is_the_nearest_and_a_word_names_the_part(tmp_path, rows):
-    write(tmp_path, {row.split(",")[0]: "" for row in rows})
-    assert make_table("folders", tmp_path)[0] == rows
+    touch(tmp_path, [row.split(",")[0] for row in rows])
+    published = any(row.endswith("test") for row in rows)
+    assert make_table("folders", tmp_path)[0] == (rows if published else split(rows))
+
+
+def test_a_folder_called_after_several_findings_is_one_finding(tmp_path):
+    touch(tmp_path, ["Mass, Edema; late/a.png", "no finding/b.png"])
+    row, _ = csv.reader(make_table("folders", tmp_path)[0])
+    assert row[:2] == ["Mass, Edema; late/a.png", "mass edema late"]
 
 
 def test_what_is_no_class_and_what_each_folder_was_taken_for(tmp_path):
-    write(tmp_path, dict.fromkeys(
-        ["NORMAL/a.png", "COVID/images/b.png", "COVID/images/c.png", "test_images/d.png",
-         *(f"COVID/site{i}/a.png" for i in range(9))], ""))
+    touch(tmp_path, ["NORMAL/a.png", "COVID/images/b.png", "COVID/images/c.png",
+                     "test_images/d.png", *(f"COVID/site{i}/a.png" for i in range(9))])
     rows, said = make_table("folders", tmp_path)
-    assert [row for row in rows if "site" not in row] == [
-        "COVID/images/b.png,covid,,", "COVID/images/c.png,covid,,", "NORMAL/a.png,,,"]
+    expected = ["COVID/images/b.png,covid,,", "COVID/images/c.png,covid,,", "NORMAL/a.png,,,"]
+    assert [row for row in rows if "site" not in row] == split(expected)
     assert left_out(said) == [1]
     for line in ("COVID: finding covid (11 images)", "NORMAL: normal (1 images)",
-                 "test_images: test (1 images)", "5 more: nothing (11 images)"):
-        assert line in said
+                 "test_images: test (1 images)"):
+        assert line in said.splitlines()
+    assert re.search(r"5 more: no .* \(11 images\)$", said, re.M)
     assert sum("site" in line for line in said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", ["train/x/test/NORMAL/a.png", "train_test_split/NORMAL/a.png",
                                   "train/NORMAL/val/a.png"])
 def test_two_parts_in_a_path_are_refused(tmp_path, path):
-    write(tmp_path, {path: "", "train/MASS/b.png": ""})
-    sentence = make_table("folders", tmp_path, status=2)[1].splitlines()[-1]
+    touch(tmp_path, [path, "train/MASS/b.png", "train/NORMAL/c.png"])
+    sentence = refusal("folders", tmp_path)
     assert path in sentence and "--no-split" in sentence
     rows = make_table("folders", tmp_path, "--no-split")[0]
-    assert f"{path},,," in rows and len(rows) == 1 + ("/x/" not in path and "split" not in path)
+    assert path in [row.split(",")[0] for row in rows] and len(rows) == 3
 
 
 def test_a_folder_for_test_without_one_for_train_stays_test(tmp_path):
-    write(tmp_path, dict.fromkeys(["COVID/a.png", "NORMAL/b.png", "test/NORMAL/c.png"], ""))
+    touch(tmp_path, ["COVID/a.png", "NORMAL/b.png", "test/NORMAL/c.png"])
     assert make_table("folders", tmp_path)[0] == [
         "COVID/a.png,covid,,", "NORMAL/b.png,,,", "test/NORMAL/c.png,,,test"]
 
@@ -298,8 +636,9 @@ def test_a_folder_for_test_without_one_for_train_stays_test(tmp_path):
     ("no findings", True), ("nofinding", True), ("NO-FINDING", True), ("Healthy ", True),
     ("abnormal", False), ("s", False), ("?", False), ("-", False), ("not normal", False),
     ("mass", False)])
-def test_one_rule_says_what_is_normal(name, normal):
-    assert script.is_normal(name) == afire.is_normal(name) == normal
+def test_one_rule_says_what_is_normal(tmp_path, name, normal):
+    finding = "" if normal else name
+    assert own(tmp_path, f"image,findings\na.png,{name}\n")[0] == split([f"a.png,{finding},,"])
 
 
 # What a name means is written beside it: the part, the class without words for parts, is it normal.
@@ -334,15 +673,20 @@ def test_in_any_tree_no_test_folder_is_trained_on_and_the_class_is_the_nearest(d
     files = {"/".join([*names, file]): names for names, file in drawn}
     parts = {path: {NAMES[name][0] for name in names} - {""} for path, names in files.items()}
     any_class = any(NAMES[name][2] for names in files.values() for name in names)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        rows = script.by_folders(list(files))
+    options = argparse.Namespace(patient=r"p\d" if people else "", no_split=False)
+    with contextlib.redirect_stderr(io.StringIO()):
+        if not any_class:
+            with pytest.raises(script.InputError):
+                script.by_folders(list(files), all_normal=False)
+        rows = script.by_folders(list(files), all_normal=not any_class)
         classes = {row.image: row.findings for row in rows}
         if any(len(parts[path]) > 1 for path in files):
             with pytest.raises(script.InputError):
-                script.tidy(rows, "", False)
+                script.tidy(rows, options)
         rows = [row for row in rows if len(parts[row.image]) < 2]
-        table = script.tidy(rows, r"p\d" if people else "", False)
+        rows, _ = script.tidy(rows, options)
+        table = script.hold_out(rows, own_split=False)
+    published = any(row.split == "test" for row in rows)
     for path, names in files.items():
         nearest = nearest_class(names, files.values()) if any_class else ""
         if nearest is None:
@@ -350,7 +694,7 @@ def test_in_any_tree_no_test_folder_is_trained_on_and_the_class_is_the_nearest(d
         else:
             assert "".join(classes[path]).lower() == nearest
     for row in table:
-        assert row.split in ("", *parts[row.image])
+        assert row.split in ("", *parts[row.image]) or not published
         assert row.split != "train" or "test" not in parts[row.image]
     if people:
         tested = {row.patient for row in table if row.split == "test"}
@@ -377,22 +721,32 @@ def times(folder):
             for file in folder.rglob("*") if file.is_file()}
 
 
+def medmnist(file, labels, sizes, **arrays):
+    """A set of random images whose labels begin with these, repeated: -> its arrays."""
+    for part, n in zip(("train", "val", "test"), sizes):
+        images = np.random.default_rng(n).integers(0, 256, (n, 4, 4), np.uint8)
+        arrays.setdefault(f"{part}_images", images)
+        arrays.setdefault(f"{part}_labels", np.resize(labels, (n, labels.shape[1])))
+    np.savez(file, **arrays)
+    return arrays
+
+
 @pytest.mark.parametrize("labels, findings", [
     (np.eye(14, dtype=np.uint8), "atelectasis cardiomegaly effusion infiltration mass nodule "
      "pneumonia pneumothorax consolidation edema emphysema fibrosis pleural_thickening hernia"),
     (np.array([[1], [0]]), "pneumonia ")])
-def test_medmnist(tmp_path, labels, findings):
+def test_medmnist(tmp_path, monkeypatch, labels, findings):
     n = len(labels)
-    images = np.random.default_rng(0).integers(0, 256, (n, 64, 64), np.uint8)
-    arrays = {f"{part}_{name}": values for part in ("train", "val", "test")
-              for name, values in (("images", images), ("labels", labels))}
+    names = next(names for names in script.MEDMNIST.values() if len(names) == labels.shape[1])
+    monkeypatch.setattr(script, "MEDMNIST", {(n, n, n): names})
     arguments = "medmnist", tmp_path / "set.npz", "--images", tmp_path / "png"
-    np.savez(tmp_path / "set.npz", **arrays)
-    rows, counts = make_table(*arguments)
+    arrays = medmnist(tmp_path / "set.npz", labels, (n, n, n))
+    images = arrays["val_images"]
+    rows, said = make_table(*arguments)
     assert rows == [f"{part}/{i:06}.png,{finding},,{split}"
                     for part, split in (("train", "train"), ("val", ""), ("test", "test"))
                     for i, finding in enumerate(findings.split(" "))]
-    assert f"{3 * n} without a patient" in counts
+    assert counts(said, "all")[3] == 3 * n
     with Image.open(tmp_path / "png/val/000001.png") as image:
         assert np.array_equal(image, images[1])
     written = times(tmp_path / "png")
@@ -401,11 +755,34 @@ def test_medmnist(tmp_path, labels, findings):
     again = times(tmp_path / "png")
     assert again.keys() == written.keys() and len(again) == 3 * n
     assert [name for name in again if again[name] != written[name]] == ["test/000000.png"]
-    np.savez(tmp_path / "set.npz", **{**arrays, "test_images": images[::-1]})    # another set
-    assert "000000.png" in make_table(*arguments, status=2)[1]
-    for bad in {**arrays, "test_labels": labels * 3}, {"train_images": images}:
-        np.savez(tmp_path / "set.npz", **bad)
-        assert "set.npz" in make_table(*arguments, status=2)[1]
+    assert make_table(*arguments, "--no-split")[0] == split(
+        [row.rpartition(",")[0] + "," for row in rows])
+    medmnist(tmp_path / "set.npz", labels, (n, n, n), test_images=images[::-1])    # another set
+    assert "000000.png" in refusal(*arguments)
+    for bad in {"test_labels": labels * 3}, {"train_labels": labels[:, :0]}:
+        medmnist(tmp_path / "set.npz", labels, (n, n, n), **bad)
+        assert "set.npz" in refusal(*arguments)
+    np.savez(tmp_path / "set.npz", train_images=images)
+    assert "set.npz" in refusal(*arguments)
+
+
+@pytest.mark.parametrize("name, sizes, columns, finding", [
+    ("pneumoniamnist", (4708, 524, 624), 1, "pneumonia"),
+    ("chestmnist", (78468, 11219, 22433), 14, "atelectasis"),
+    ("breastmnist", (546, 78, 156), 1, "")])
+def test_a_set_of_medmnist_is_known_by_its_numbers_and_not_by_its_name(
+        tmp_path, monkeypatch, name, sizes, columns, finding):
+    monkeypatch.setattr(script, "is_written", lambda file, origin: True)
+    labels = np.zeros((2, columns), np.uint8)
+    labels[0, 0] = 1
+    medmnist(tmp_path / "pneumoniamnist_64.npz", labels, sizes)
+    arguments = "medmnist", tmp_path / "pneumoniamnist_64.npz", "--images", tmp_path / "png"
+    if not finding:
+        assert "546" in refusal(*arguments)
+    else:
+        rows, _ = make_table(*arguments)
+        assert len(rows) == sum(sizes) and rows[0] == f"train/000000.png,{finding},,train"
+        assert rows[1] == "train/000001.png,,,train"
 
 
 def dicom(file, pixels, interpretation="MONOCHROME2", bits=12, **tags):
@@ -452,9 +829,10 @@ def assert_same_up_to_scaling(file, shown):
     assert (np.ptp(pixels) > 0) == (np.ptp(shown) > 0)
 
 
-def convert(folder, status=0):
-    """`dicom` from a folder into folder.png: -> rows, stderr."""
-    return make_table("dicom", folder, "--images", f"{folder}.png", status=status)
+def convert(folder, *options, status=0):
+    """`dicom` from a folder into folder.png: -> rows, stderr. All are normal without options."""
+    options = options or ["--all-normal"]
+    return make_table("dicom", folder, "--images", f"{folder}.png", *options, status=status)
 
 
 @pytest.mark.parametrize("tags, inverted", [
@@ -477,7 +855,7 @@ def convert(folder, status=0):
 def test_a_png_is_what_pydicom_shows(tmp_path, tags, inverted):
     (tmp_path / "in").mkdir()
     dataset = dicom(tmp_path / "in/a", film().astype(np.uint16) * 16, **tags)
-    assert convert(tmp_path / "in")[0] == ["a.png,,,"]
+    assert convert(tmp_path / "in")[0] == ["a.png,,,train"]
     assert_same_up_to_scaling(tmp_path / "in.png/a.png", shown_by_pydicom(dataset, inverted))
 
 
@@ -575,12 +953,19 @@ def not_finite(file):
     dicom(file, DEEP, RescaleSlope="1e308", RescaleIntercept=0)
 
 
+def nonsense(file):
+    file.write_bytes(bytes(128) + b"DICM" + bytes(range(256)))
+
+
+DAMAGED = without_rows, cut
+
+
 @pytest.mark.parametrize("make, said", [
     (lambda file: dicom(file, np.stack([DEEP, DEEP])), "frames"),
     (lambda file: dicom(file, DEEP, "PALETTE COLOR"), "PALETTE COLOR"), (colours, "RGB"),
     (high_bit, "HighBit"),
     (without_pixels, ""), (without_rows, ""), (cut, ""), (not_finite, ""),
-    (lambda file: file.write_bytes(bytes(128) + b"DICM" + bytes(range(256))), ""),
+    (nonsense, ""),
     pytest.param(without_decoder, "pip install pylibjpeg", marks=pytest.mark.skipif(
         pydicom.pixels.get_decoder(JPEG_LS).is_available, reason="there is a decoder"))])
 def test_a_file_that_cannot_be_shown_is_left_out_with_its_reason(tmp_path, make, said):
@@ -591,8 +976,9 @@ def test_a_file_that_cannot_be_shown_is_left_out_with_its_reason(tmp_path, make,
     dicom(folder / "good.dicom", DEEP)
     for _ in range(2):
         rows, counts = convert(folder)
-        assert rows == ["good.dicom.png,,,"] and left_out(counts) == [2]
+        assert rows == ["good.dicom.png,,,train"] and left_out(counts) == [2]
         assert "bad.dcm" in counts and said in counts
+        assert ("damaged" in counts) == (make in DAMAGED)
         assert list(times(tmp_path / "in.png")) == ["good.dicom.png"]
 
 
@@ -606,7 +992,7 @@ def test_dicom_is_known_by_its_content_and_its_folders_say_the_rest(tmp_path):
     write(folder, {"train/x/NORMAL/b.dcm": "no DICOM", "labels.csv": ""})
     os.rename(folder / paths[0], os.fsencode(folder / "Chest_Test/NORMAL/") + b"/\xff.dcm")
     dicom(folder / paths[0], DEEP, PatientID="P1")
-    rows, counts = convert(folder)
+    rows, counts = make_table("dicom", folder, "--images", f"{folder}.png")
     assert rows == [
         "Chest_Test/NORMAL/a.dcm.png,,P1,test", "Chest_Test/NORMAL/a.dicom.png,,P2,test",
         "train/x/COVID/deep/IM0001.png,covid,P1,", "train/x/NORMAL/a.png.png,,P3,train"]
@@ -623,7 +1009,7 @@ def test_the_same_patient_in_all_files_is_unknown(tmp_path, written, known):
     for i, patient in enumerate(written):
         dicom(tmp_path / f"in/{i}.dcm", DEEP, PatientID=patient)
     rows, said = convert(tmp_path / "in")
-    assert rows == [f"{i}.dcm.png,,{patient}," for i, patient in enumerate(known)]
+    assert rows == [f"{i}.dcm.png,,{patient},train" for i, patient in enumerate(known)]
     assert ("ANON" in said) == (written[0] == "ANON")
 
 
@@ -682,6 +1068,122 @@ def test_without_pydicom_one_sentence_names_it(tmp_path, monkeypatch):
     assert "pip install pydicom" in convert(tmp_path / "in", status=2)[1].splitlines()[-1]
 
 
+@pytest.mark.parametrize("tags, reason", [
+    ({}, ""), ({"Modality": "", "ViewPosition": "", "BodyPartExamined": ""}, ""),
+    ({"Modality": "CR", "ViewPosition": "AP", "BodyPartExamined": "CHEST"}, ""),
+    ({"Modality": "DX", "ViewPosition": "PA", "BodyPartExamined": "THORAX"}, ""),
+    ({"Modality": "RG"}, ""), ({"Modality": "DR", "ViewPosition": "AP_SUPINE"}, ""),
+    ({"Modality": "CT"}, "Modality CT"), ({"Modality": "MG"}, "Modality MG"),
+    ({"Modality": "DX", "ViewPosition": "LATERAL"}, "ViewPosition LATERAL"),
+    ({"ViewPosition": "LL"}, "ViewPosition LL"), ({"ViewPosition": "RLO"}, "ViewPosition RLO"),
+    ({"Modality": "CR", "ViewPosition": "PA", "BodyPartExamined": "HAND"}, "BodyPartExamined HAND"),
+    ({"BodyPartExamined": "ABDOMEN"}, "BodyPartExamined ABDOMEN")])
+def test_dicom_files_that_are_no_frontal_chest_films_are_left_out(tmp_path, tags, reason):
+    (tmp_path / "in").mkdir()
+    dicom(tmp_path / "in/a.dcm", DEEP, **tags)
+    dicom(tmp_path / "in/b.dcm", DEEP)
+    rows, said = convert(tmp_path / "in")
+    assert rows == ["a.dcm.png,,,train", "b.dcm.png,,,train"][bool(reason):]
+    assert left_out(said) == [1] * bool(reason) and reason in said
+    assert sorted(times(tmp_path / "in.png")) == [row.split(",")[0] for row in rows]
+
+
+def test_dicom_without_a_normal_class_is_refused_before_anything_is_written(tmp_path):
+    for name in "PNEUMONIA", "COVID":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        dicom(tmp_path / "in" / name / "a", DEEP)
+    assert "--all-normal" in refusal("dicom", tmp_path / "in", "--images", tmp_path / "png")
+    assert not (tmp_path / "png").exists()
+
+
+# ---- Sets of DICOM files with a CSV, and masks ---------------------------------------------------
+
+def read_mask(file):
+    with Image.open(file) as image:
+        assert image.mode == "L" and image.format == "PNG"
+        return np.asarray(image)
+
+
+def inside(boxes, width, height):
+    """255 where the square of a pixel and a box (x, y, w, h) overlap: a loop over all pixels."""
+    mask = np.zeros((height, width), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            if any(left < x + 1 and x < left + w and top < y + 1 and y < top + h
+                   for left, top, w, h in boxes):
+                mask[y, x] = 255
+    return mask
+
+
+NIH_SET = ["1_000.png,Mass,0,1", "2_000.png,No Finding,0,2", "3_000.png,Mass|Nodule,0,3",
+           "4_000.png,Nodule,0,4", "5_000.png,Mass,0,5"]
+
+
+def nih_set(folder, *boxes):
+    """Four images of 20 x 12 pixels in three folders, and a row without a file."""
+    write(folder, {"Data_Entry_2017.csv": NIH + "".join(f"{row},5,M,PA\n" for row in NIH_SET),
+                   "BBox_List_2017.csv": NIH_BOXES + "".join(f"{box},,,\n" for box in boxes)})
+    for i in range(1, 5):
+        file = folder / f"images_{i // 2}/images/{i}_000.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((12, 20), i, np.uint8)).save(file)
+
+
+def test_masks_of_nih(tmp_path):
+    nih_set(tmp_path / "set", "3_000.png,Mass,2.5,3.0,4.25,5.5", "3_000.png,Nodule,15,0,5.4,12.4",
+            "1_000.png,Mass,-0.4,6,3,1", "2_000.png,Mass,1,1,2,2", "9_000.png,Mass,1,1,2,2")
+    plain = split(["images_0/images/1_000.png,mass,1,", "images_1/images/2_000.png,,2,",
+                   "images_1/images/3_000.png,mass|nodule,3,",
+                   "images_2/images/4_000.png,nodule,4,"])
+    assert make_table("nih", tmp_path / "set")[0] == plain
+    for place, before in ((tmp_path / "set/boxes", "boxes"), (tmp_path / "m", tmp_path / "m")):
+        arguments = "nih", tmp_path / "set", "--masks", place
+        rows, said = make_table(*arguments)
+        masked = {row.split(",")[0]: row.split(",")[4:] for row in rows}
+        assert [",".join(row.split(",")[:4]) for row in rows] == plain
+        assert masked == {"images_0/images/1_000.png": [f"{before}/images_0/images/1_000.png"],
+                          "images_1/images/2_000.png": [], "images_2/images/4_000.png": [],
+                          "images_1/images/3_000.png": [f"{before}/images_1/images/3_000.png"]}
+        found = tmp_path / "set" / masked["images_1/images/3_000.png"][0]
+        expected = inside([(2.5, 3, 4.25, 5.5), (15, 0, 5.4, 12.4)], 20, 12)
+        assert np.array_equal(read_mask(found), expected)
+        found = tmp_path / "set" / masked["images_0/images/1_000.png"][0]
+        assert np.array_equal(read_mask(found), inside([(-0.4, 6, 3, 1)], 20, 12))
+        assert re.search("^2 of 4 in the boxes .* images_1/images/2_000.png$", said, re.M)
+        assert re.search("^1 of 3 in .* images_2/images/4_000.png$", said, re.M)
+        written = times(place)
+        assert len(written) == 2
+        assert make_table(*arguments)[0] == rows and times(place) == written
+        if place.parent == tmp_path / "set":                   # no second image of each name
+            place.rename(tmp_path / "set/masks")
+            assert make_table("nih", tmp_path / "set")[0] == plain
+
+
+@pytest.mark.parametrize("box, words", [
+    ("15,0,5.6,5", ["20 x 12", "20.6", "3_000.png"]), ("0,0,5,12.6", ["20 x 12", "12.6"]),
+    ("-0.6,0,5,5", ["20 x 12"]), ("0,-1,5,5", ["20 x 12"]), ("3,3,0,5", ["20 x 12"]),
+    ("3,3,5,-1", ["20 x 12"]), ("nan,3,5,1", ["20 x 12"]), ("3,3,5,x", ["3_000.png", "numbers"])])
+def test_a_box_that_does_not_fit_in_its_image_is_refused(tmp_path, box, words):
+    nih_set(tmp_path / "set", f"3_000.png,Mass,{box}")
+    sentence = refusal("nih", tmp_path / "set", "--masks", tmp_path / "masks")
+    assert [word for word in words if word not in sentence] == []
+
+
+def test_masks_that_match_no_image_or_lie_among_the_images_are_refused(tmp_path):
+    nih_set(tmp_path / "set", "03_000.png,Mass,1,1,2,2")
+    sentence = refusal("nih", tmp_path / "set", "--masks", tmp_path / "masks")
+    assert "03_000.png" in sentence and "images_0/images/1_000.png" in sentence
+    nih_set(tmp_path / "set", "3_000.png,Mass,1,1,2,2")
+    before = times(tmp_path / "set")
+    make_table("nih", tmp_path / "set", "--masks", tmp_path / "set", status=2)
+    assert times(tmp_path / "set") == before
+    make_table("nih", tmp_path / "set", "--masks", tmp_path / "masks")
+    nih_set(tmp_path / "set", "3_000.png,Mass,1,1,3,2")
+    assert "3_000.png" in refusal("nih", tmp_path / "set", "--masks", tmp_path / "masks")
+    (tmp_path / "set/BBox_List_2017.csv").unlink()
+    assert "BBox_List_2017.csv" in refusal("nih", tmp_path / "set", "--masks", tmp_path / "other")
+
+
 def test_rsna(tmp_path):
     images = tmp_path / "stage_2_train_images"
     images.mkdir()
@@ -692,11 +1194,25 @@ def test_rsna(tmp_path):
                      "b2,Lung Opacity\nb2,Lung Opacity\nc3,No Lung Opacity / Not Normal\n"
                      "d4,Normal\nd4,Normal\ne5,Normal\nf6,Normal\n,\n"})
     rows, counts = make_table("rsna", tmp_path, "--images", tmp_path / "png")
-    assert rows == [
+    assert rows == split([
         "stage_2_train_images/a1.dcm.png,,a1,", "stage_2_train_images/b2.dcm.png,lung opacity,b2,",
-        "stage_2_train_images/c3.dcm.png,no lung opacity / not normal,c3,"]
-    assert left_out(counts) == [1, 2] and "d4.dcm" in counts and "e5.dcm" in counts
+        "stage_2_train_images/c3.dcm.png,no lung opacity / not normal,c3,"])
+    assert sorted(left_out(counts)) == [1, 2] and "d4.dcm" in counts and "e5.dcm" in counts
+    assert "damaged" not in counts, "they have several frames, or no file"
     assert sorted(times(tmp_path / "png")) == [row.split(",")[0] for row in rows]
+    write(tmp_path, {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na1,,,,,0\n"
+                     "b2,3.0,4.0,20.0,30.0,1\nb2,1.0,40.0,47.0,8.0,1\nc3,,,,,0\n"})
+    masked, _ = make_table("rsna", tmp_path, "--images", tmp_path / "png", "--masks",
+                           tmp_path / "png/masks")
+    name = "masks/stage_2_train_images/b2.dcm.png"
+    assert masked == [rows[0], f"{rows[1]},{name}", rows[2]]
+    assert np.array_equal(read_mask(tmp_path / "png" / name),
+                          inside([(3, 4, 20, 30), (1, 40, 47, 8)], 48, 48))
+    shutil.rmtree(images)
+    images.mkdir()
+    dicom(images / "b3.dcm", DEEP)
+    sentence = refusal("rsna", tmp_path, "--images", tmp_path / "png")
+    assert "a1.dcm" in sentence and "b3.dcm" in sentence
 
 
 def test_vindr(tmp_path):
@@ -713,13 +1229,29 @@ def test_vindr(tmp_path):
     assert rows == [
         "train/a.dicom.png,cardiomegaly|other diseases,,train", "train/b.dicom.png,,,train",
         "test/d.dicom.png,other diseases,,test", "test/e.dicom.png,,,test"]
-    assert left_out(counts) == [1, 1]                           # f has no file, c no finding
+    assert sorted(left_out(counts)) == [1, 1]                   # f has no file, c no finding
     assert sorted(times(tmp_path / "png")) == sorted(row.split(",")[0] for row in rows)
+    assert make_table(*arguments, "--no-split")[0] == split(
+        [row.rpartition(",")[0] + "," for row in rows])
+    corners = "class_name,x_min,y_min,x_max,y_max"
+    write(tmp_path, {"annotations/annotations_train.csv": f"image_id,rad_id,{corners}\n"
+                     "a,R2,Cardiomegaly,3.5,4,20,30\na,R1,No finding,,,,\n"
+                     "a,R3,Other disease,30,3.5,48,10\nb,R1,No finding,,,,\n",
+                     "annotations/annotations_test.csv": f"image_id,{corners}\n"
+                     "d,Other disease,1,2,3,4\n"})
+    masked, _ = make_table(*arguments, "--masks", tmp_path / "m")
+    assert masked == [f"{rows[0]},{tmp_path}/m/train/a.dicom.png", rows[1],
+                      f"{rows[2]},{tmp_path}/m/test/d.dicom.png", rows[3]]
+    assert np.array_equal(read_mask(tmp_path / "m/train/a.dicom.png"),
+                          inside([(3.5, 4, 16.5, 26), (30, 3.5, 18, 6.5)], 48, 48))
+    assert np.array_equal(read_mask(tmp_path / "m/test/d.dicom.png"),
+                          inside([(1, 2, 2, 2)], 48, 48))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_file_that_pydicom_ships_is_an_image_or_has_its_reason(tmp_path):
-    """They are compressed, damaged, coloured, of several frames and of odd bits."""
+def test_every_file_that_pydicom_ships_is_an_image_or_has_its_reason(tmp_path, monkeypatch):
+    """They are compressed, damaged, coloured, of several frames and of odd bits, few of chests."""
+    monkeypatch.setattr(script, "not_a_chest_film", lambda header: "")
     folder = tmp_path / "in"
     shutil.copytree(Path(pydicom.__file__).parent / "data", folder,
                     ignore=shutil.ignore_patterns("__pycache__"))
