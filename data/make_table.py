@@ -63,14 +63,17 @@ CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Op
             "Pleural Effusion", "Pleural Other", "Fracture")
 # Images in train, val and test. Other sets of MedMNIST have arrays of the same shape.
 MEDMNIST = {(78468, 11219, 22433): CHESTXRAY14, (4708, 524, 624): ["pneumonia"]}
-# Plain radiography: computed, digital, and scanned films. XR is not in the standard, but in use.
-RADIOGRAPHY = ("CR", "DR", "DX", "RG", "XR")
+# What a frontal chest radiograph may have in its DICOM header. XR is not in the standard, but used.
+FILM = {"Modality": r"^(CR|DR|DX|RG|XR)$",
+        "ViewPosition": r"(?<![A-Z])(AP|PA|FRONTAL)(?![A-Z])",
+        "BodyPartExamined": r"CHEST|THORA|TORAX|LUNG"}
 WITHOUT_FILE = "without a file"
 BACKSLASH = "whose name contains \\"
 SPACE = "whose name begins or ends with a space"
 REMEDIES = {WITHOUT_FILE: "name the folder below which these paths are",
             BACKSLASH: "unpack the archive again; in a CSV, write / instead",
             SPACE: "rename the files"}
+OTHERWISE = "--help after the name of the set says what SOURCE is"
 
 
 class InputError(Exception):
@@ -189,16 +192,16 @@ def findings_in(row, columns):
 
 
 def join(ours, theirs, our_name, their_name):
-    """Says which names one side has and the other has not; refused if they have none in common."""
+    """Says which names only one side has; refused if there is none on both."""
     if not any(name in theirs for name in ours):
-        first, second = (next(iter(names), "nothing") for names in (ours, theirs))
-        raise InputError(f"{our_name} and {their_name} have no name in common, the first are "
-                         f"{first} and {second}: take both as published")
+        raise InputError(f"none of the {our_name} (the first is {next(iter(ours), 'missing')}) is "
+                         f"among the {their_name} (the first is {next(iter(theirs), 'missing')}): "
+                         "take the files as published")
     for names, others, here, there in ((ours, theirs, our_name, their_name),
                                        (theirs, ours, their_name, our_name)):
         missing = [name for name in names if name not in others]
         if missing:
-            say(f"{len(missing)} of {len(names)} in {here} are not in {there}; the first is "
+            say(f"{len(missing)} of {len(names)} {here} are not among the {there}; the first is "
                 f"{missing[0]}")
 
 
@@ -280,7 +283,7 @@ def match_files(rows, files, folder):
     if unnamed:
         say(f"{len(unnamed)} of {len(files)} files below {folder} have no row; the first is "
             f"{unnamed[0]}")
-    first = f"the first file below {folder} is {files[0]}" if files else f"{folder} has no image"
+    first = f"the first file below {folder} is {files[0]}" if files else f"{folder} has no images"
     files = set(files)
     return [row if isinstance(row, LeftOut) or row.image in files or bad_name(row.image)
             else LeftOut(row.image, WITHOUT_FILE, first) for row in rows]
@@ -436,25 +439,18 @@ def write_png(file, pixels, origin):
     os.replace(partial, file)
 
 
-def not_a_chest_film(header):
-    """What does a DICOM header say against a frontal chest radiograph? Empty if nothing."""
-    modality = str(header.get("Modality") or "").strip().upper()
-    if modality and modality not in RADIOGRAPHY:
-        return f"with Modality {modality}"
-    view = str(header.get("ViewPosition") or "").strip().upper()
-    if view and not {"AP", "PA", "FRONTAL"} & set(re.findall("[A-Z]+", view)):
-        return f"with ViewPosition {view}"
-    part = str(header.get("BodyPartExamined") or "").strip().upper()
-    if part and not re.search("CHEST|THORA|TORAX|LUNG", part):
-        return f"with BodyPartExamined {part}"
-    return ""
+def check_film(header):
+    """Raises CannotShow if a DICOM header says that this is no frontal chest radiograph."""
+    for name, wanted in FILM.items():
+        value = str(header.get(name) or "").strip().upper()
+        if value and not re.search(wanted, value):
+            raise CannotShow(f"with {name} {value}")
 
 
-def convert(rows, source, images, objection=lambda header: ""):
+def convert(rows, source, images, check=lambda header: None):
     """Writes the DICOM file of each row as PATH.png below images: -> rows of these, and LeftOuts.
 
-    A patient of None becomes the PatientID. Files to whose header there is an objection are left
-    out.
+    A patient of None becomes the PatientID. check raises CannotShow for a header.
     """
     try:
         import pydicom.pixels
@@ -466,10 +462,9 @@ def convert(rows, source, images, objection=lambda header: ""):
         file = source / row.image
         target = images / f"{row.image}.png"
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[
-                "SOPInstanceUID", "PatientID", "Modality", "ViewPosition", "BodyPartExamined"])
-            if objection(header):
-                return LeftOut(row.image, objection(header))
+            header = pydicom.dcmread(file, stop_before_pixels=True,
+                                     specific_tags=["SOPInstanceUID", "PatientID", *FILM])
+            check(header)
             origin = f"{zlib.crc32(str(header.get('SOPInstanceUID')).encode()):08x}"
             patient = str(header.get("PatientID") or "").strip()
             pixels = None if is_written(target, origin) else read_dicom(file)
@@ -516,23 +511,20 @@ def write_masks(rows, options):
     """Writes the boxes of each abnormal row as a mask: -> rows with its path."""
     from PIL import Image
     from tqdm import tqdm
-    join(options.boxes, {row.image: row for row in rows if row.findings}, "the boxes",
-         "the abnormal images of the table")
+    abnormal = {row.image: row for row in rows if row.findings}
+    join(options.boxes, abnormal, "images with boxes", "abnormal images of the table")
     data = options.data.resolve()
     folder = options.masks.resolve()
-    masks = {}
-    for row in tqdm(rows, "writing masks", delay=1):
-        if row.findings and row.image in options.boxes:
-            boxes = options.boxes[row.image]
-            with Image.open(data / row.image) as image:
-                mask = draw_mask(boxes, *image.size, row.image)
-            file = folder / row.image
-            origin = f"{zlib.crc32(mask.tobytes()):08x}"
-            if not is_written(file, origin):
-                write_png(file, mask, origin)
-            masks[row.image] = file.relative_to(data) if folder.is_relative_to(data) else file
-    return [row._replace(mask=masks[row.image].as_posix()) if row.image in masks else row
-            for row in rows]
+    for name in tqdm(sorted(abnormal.keys() & options.boxes.keys()), "writing masks", delay=1):
+        with Image.open(data / name) as image:
+            mask = draw_mask(options.boxes[name], *image.size, name)
+        file = folder / name
+        origin = f"{zlib.crc32(mask.tobytes()):08x}"
+        if not is_written(file, origin):
+            write_png(file, mask, origin)
+        path = file.relative_to(data) if folder.is_relative_to(data) else file
+        abnormal[name] = abnormal[name]._replace(mask=path.as_posix())
+    return [abnormal.get(row.image, row) for row in rows]
 
 
 # ---- Sets ----------------------------------------------------------------------------------------
@@ -613,7 +605,7 @@ def nih(options):
         rows.append(Row(place(image), row["Finding Labels"].split("|"), row["Patient ID"],
                         split.get(image, "")))
     if split:
-        join(split, images, "the official lists", "Data_Entry_2017.csv")
+        join(split, images, "images of the official lists", "images of Data_Entry_2017.csv")
     if options.masks:
         columns = ["Bbox [x", "y", "w", "h]"]
         for row, box in read_boxes(source, "BBox_List_2017.csv", "Image Index", columns):
@@ -684,9 +676,9 @@ def mimic(options):
             films[film] = Row(image, studies.get(study), patient, split.get(film, ""))
         else:
             films[film] = LeftOut(image, f"with ViewPosition {view or 'unknown'}")
-    join(studies, known, "the studies of the chexpert file", "those of the metadata")
+    join(studies, known, "studies of the chexpert file", "studies of the metadata")
     if split:
-        join(split, films, "the split file", "the metadata")
+        join(split, films, "films of the split file", "films of the metadata")
     return match_files(films.values(), images_below(options), options.data)
 
 
@@ -817,7 +809,7 @@ def medmnist(options):
                     or labels.shape != (len(pixels), len(names)) or labels.max() > 1):
                 raise ValueError(f"images {pixels.shape}, labels {labels.shape} up to "
                                  f"{labels.max()}")
-    except (AttributeError, EOFError, LookupError, TypeError, ValueError,
+    except (AttributeError, EOFError, FileNotFoundError, LookupError, TypeError, ValueError,
             zipfile.BadZipFile) as error:
         raise InputError(f"{source} is neither ChestMNIST nor PneumoniaMNIST ({error}): download "
                          "one of them") from error
@@ -858,7 +850,7 @@ def dicom(options):
     """
     paths, left_out = find_films(options.source, is_dicom)
     rows = by_folders(paths, options.all_normal, patient=None)
-    rows = convert(rows, options.source, options.images, not_a_chest_film)
+    rows = convert(rows, options.source, options.images, check_film)
     people = {row.patient for row in rows if isinstance(row, Row) and row.findings is not None}
     if len(people) == 1 and people != {""}:
         say(f"PatientID is {people.pop()} in all files: patients are unknown")
@@ -908,7 +900,7 @@ def tidy(rows, options):
 
 
 def report_left_out(left_out):
-    """Says how many are left out for each reason: -> the sentence about the most frequent one."""
+    """Says how many are left out for each reason: -> the most frequent one, and the remedy."""
     by_reason = collections.defaultdict(list)
     for image in left_out:
         by_reason[image.reason].append(image)
@@ -918,9 +910,9 @@ def report_left_out(left_out):
         sentences[reason] = f"{len(images)} {reason}; the first is {images[0].image}{detail}"
         say(f"left out: {sentences[reason]}")
     if not sentences:
-        return ""
+        return f": {OTHERWISE}"
     reason = max(by_reason, key=lambda reason: len(by_reason[reason]))
-    return f": {sentences[reason]}: {REMEDIES.get(reason, 'name another SOURCE')}"
+    return f": {sentences[reason]}: {REMEDIES.get(reason, OTHERWISE)}"
 
 
 def hold_out(rows, own_split):
@@ -974,14 +966,15 @@ def report(rows):
                                    for name in row.findings.split("|"))
     listed = [f"{name} ({count})" for name, count in findings.most_common(20)]
     say(f"findings: {', '.join(listed) or 'none'}")
-    for name, split in (("all", None), ("train", "train"), ("held out (test)", "test"),
-                        ("in neither", "")):
-        part = [row for row in rows if split in (None, row.split)]
+    for name, splits in (("all", ("train", "test", "")), ("train", ("train",)),
+                         ("test (held out)", ("test",)), ("in neither", ("",))):
+        part = [row for row in rows if row.split in splits]
         people = len({row.patient or row.image for row in part})
         normal = sum(not row.findings for row in part)
-        unknown = sum(not row.patient for row in part)
-        say(f"{name}: {len(part)} images of {people} patients, {normal} of them normal; {unknown} "
-            "without a patient count as one each")
+        say(f"{name}: {len(part)} images of {people} patients, {normal} of them normal")
+    unknown = sum(not row.patient for row in rows)
+    if unknown:
+        say(f"patient unknown for {unknown} images: each counts as a patient of its own")
 
 
 OPTIONS = {
@@ -1031,6 +1024,8 @@ def parse_arguments():
         options.data = options.images
     elif options.rule in (nih, chexpert, mimic):
         options.data = options.data or options.source
+    if options.masks and options.data.resolve().is_relative_to(options.masks.resolve()):
+        parser.error("--masks is the folder of the images: name another one")
     return options
 
 
