@@ -73,7 +73,7 @@ SPACE = "whose name begins or ends with a space"
 REMEDIES = {WITHOUT_FILE: "name the folder below which these paths are",
             BACKSLASH: "unpack the archive again; in a CSV, write / instead",
             SPACE: "rename the files"}
-OTHERWISE = "--help after the name of the set says what SOURCE is"
+OTHERWISE = "make_table.py SET --help says what SOURCE is"
 
 
 class InputError(Exception):
@@ -193,16 +193,23 @@ def findings_in(row, columns):
 
 def join(ours, theirs, our_name, their_name):
     """Says which names only one side has; refused if there is none on both."""
-    if not any(name in theirs for name in ours):
+    only_ours = [name for name in ours if name not in theirs]
+    only_theirs = [name for name in theirs if name not in ours]
+    if len(only_ours) == len(ours):
         raise InputError(f"none of the {our_name} (the first is {next(iter(ours), 'missing')}) is "
                          f"among the {their_name} (the first is {next(iter(theirs), 'missing')}): "
                          "take the files as published")
-    for names, others, here, there in ((ours, theirs, our_name, their_name),
-                                       (theirs, ours, their_name, our_name)):
-        missing = [name for name in names if name not in others]
-        if missing:
-            say(f"{len(missing)} of {len(names)} {here} are not among the {there}; the first is "
-                f"{missing[0]}")
+    if only_ours:
+        say(f"{len(only_ours)} of {len(ours)} {our_name} are not among the {their_name}; the first "
+            f"is {only_ours[0]}")
+    if only_theirs:
+        say(f"{len(only_theirs)} of {len(theirs)} {their_name} are not among the {our_name}; the "
+            f"first is {only_theirs[0]}")
+
+
+def is_mask(path):
+    """Is a file, or a folder that it is in, called so?"""
+    return "mask" in path.lower()
 
 
 def is_image(file):
@@ -260,9 +267,9 @@ def find_files(folder, wanted):
 def find_films(folder, wanted):
     """As find_files, without masks: files called so, and files in folders called so."""
     paths, left_out = find_files(folder, wanted)
-    masks = [path for path in paths if "mask" in path.lower()]
-    left_out += [LeftOut(path, "called mask, or in a folder called so") for path in masks]
-    return [path for path in paths if path not in set(masks)], left_out
+    left_out += [LeftOut(path, "called mask, or in a folder called so") for path in paths
+                 if is_mask(path)]
+    return [path for path in paths if not is_mask(path)], left_out
 
 
 def images_below(options):
@@ -279,7 +286,7 @@ def match_files(rows, files, folder):
     """Rows that have a file, and a LeftOut for each other one. Files without a row are counted."""
     rows = list(rows)
     named = {row.image for row in rows}
-    unnamed = [file for file in files if file not in named and "mask" not in file.lower()]
+    unnamed = [file for file in files if file not in named and not is_mask(file)]
     if unnamed:
         say(f"{len(unnamed)} of {len(files)} files below {folder} have no row; the first is "
             f"{unnamed[0]}")
@@ -296,7 +303,7 @@ def place_images(paths, depth=1):
     """
     places = collections.defaultdict(list)
     for path in paths:
-        if "mask" not in path.lower():
+        if not is_mask(path):
             places["/".join(path.split("/")[-depth:])].append(path)
 
     def place(name):
@@ -554,9 +561,11 @@ def table(options):
         row = dict.fromkeys(Row._fields, "") | dict(zip(titles, cells))
         findings = row["findings"]
         split = PART.fullmatch(row["split"])
-        if len(cells) < len(titles) or not row["image"]:
-            raise InputError(f"{line} has {len(cells)} cells of {len(titles)}, or no image: fill it"
-                             " in, or remove it")
+        if not row["image"]:
+            raise InputError(f"{line} names no image: name it, or remove the row")
+        if len(cells) < len(titles):
+            raise InputError(f"{line} has {len(cells)} cells, and the header has {len(titles)}: add"
+                             " the missing commas")
         if row["split"] and not split:
             raise InputError(f"{line} has the split {row['split']}: use train, test, val or "
                              "nothing")
@@ -928,7 +937,7 @@ def hold_out(rows, own_split):
         say("no findings: all images are for train")
         return [row._replace(split="train") for row in rows]
     if not parts:
-        say("no split: a fixed fifth of the patients is held out")
+        say("no image is in test: a fixed fifth of the patients is held out")
         numbers = [zlib.crc32(os.fsencode(row.patient or row.image)) % 1000 for row in rows]
         return [row._replace(split="test" if number < 200 else "train")
                 for row, number in zip(rows, numbers)]
@@ -949,11 +958,11 @@ def check_patients(rows):
             number = re.sub(r"(?<!\d)0+(?=\d)", "", number)
             spellings[number].setdefault(row.patient, row.image)
             images[row.patient] += 1
-    doubtful = [list(names.items()) for names in spellings.values() if len(names) > 1]
+    doubtful = [names for names in spellings.values() if len(names) > 1]
     if doubtful:
-        (one, first), (other, second) = doubtful[0][:2]
-        say(f"check: {len(doubtful)} patients are spelled in several ways; the first is {one} "
-            f"({first}) and {other} ({second})")
+        named = [f"{patient} ({image})" for patient, image in doubtful[0].items()]
+        say(f"check: {len(doubtful)} patients may be spelled in more than one way; the first is "
+            f"{' and '.join(named)}")
     for patient, count in images.most_common(3):
         if len(rows) >= 50 and count > len(rows) / 10:
             first = next(row.image for row in rows if row.patient == patient)
@@ -971,7 +980,8 @@ def report(rows):
         part = [row for row in rows if row.split in splits]
         people = len({row.patient or row.image for row in part})
         normal = sum(not row.findings for row in part)
-        say(f"{name}: {len(part)} images of {people} patients, {normal} of them normal")
+        if part or name != "in neither":
+            say(f"{name}: {len(part)} images of {people} patients, {normal} of them normal")
     unknown = sum(not row.patient for row in rows)
     if unknown:
         say(f"patient unknown for {unknown} images: each counts as a patient of its own")

@@ -156,7 +156,7 @@ def test_a_table_is_tidied_and_gets_a_split(tmp_path):
     ("image,findings,patient,split\na.png,mass,1,test\nb.png,,1,train\n",
      ["a.png,mass,1,test", "b.png,,1,"]),
     # Equal rows and empty ones count once and not at all; letters of any language stay.
-    ("image,findings\na.png,Mass\n,\n\n a.png , mass\n\u00e4.png,N\u00d3DULO\n",
+    ("image,findings\na.png,Mass\n,\n\n a.png , \"mass\"\n\u00e4.png,N\u00d3DULO\n",
      split(["a.png,mass,,", "\u00e4.png,n\u00f3dulo,,"]))])
 def test_what_a_table_may_say(tmp_path, text, rows):
     assert own(tmp_path, text)[0] == rows
@@ -283,6 +283,7 @@ def test_nih(tmp_path):
     assert left_out(said) == [1] and "00000004_000.png" in said and "00000009_000.png" in said
     write(tmp_path, {"train_val_list.txt": "00000001_000.png\n00000003_001.png\n"})
     assert "test_list.txt" in refusal("nih", tmp_path)
+    assert make_table("nih", tmp_path, "--no-split")[0] == split(rows)
     write(tmp_path, {"test_list.txt": "00000003_000.png\n00000008_000.png\n"})
     (tmp_path / "images_001/images").mkdir(parents=True)
     (tmp_path / rows[0].split(",")[0]).rename(tmp_path / "images_001/images/00000001_000.png")
@@ -399,6 +400,10 @@ def test_mimic(tmp_path, suffix):
                      f"{13 * ','}\n"})
     sentence = refusal("mimic", tmp_path)
     assert "s50414267" in sentence and " 50414267" in sentence
+    if suffix == "csv.gz":
+        file = tmp_path / published("chexpert")
+        file.write_bytes(file.read_bytes()[:-9])
+        assert file.name in refusal("mimic", tmp_path)
 
 
 def test_kermany(tmp_path):
