@@ -1013,15 +1013,15 @@ SETS = {table: ["--data", "--patient", "--no-split"],
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.set_defaults(data=None, images=None, masks=None, patient=None, no_split=False,
                         all_normal=False, boxes=collections.defaultdict(list))
     sets = parser.add_subparsers(dest="set", metavar="SET", required=True)
     for rule, names in SETS.items():
         description = inspect.cleandoc(rule.__doc__)
         subparser = sets.add_parser(rule.__name__, help=description.partition("\n")[0],
-                                    description=description,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                                    description=description, formatter_class=raw)
         subparser.set_defaults(rule=rule)
         subparser.add_argument("source", type=Path, metavar="SOURCE",
                                nargs="+" if rule is lists else None)

@@ -494,8 +494,8 @@ def test_the_command_needs_the_standard_library_only_for_tables(tmp_path):
     assert done.stdout.decode() == expected, done.stderr
 
 
-def test_the_help_of_a_set_is_its_description_and_its_options(tmp_path):
-    listed = run("--help")[0].decode()
+def test_the_help_of_a_set_is_its_description_and_its_options():
+    listed = run("--help")[0].decode().partition("positional arguments")[2]
     names = [rule.__name__ for rule in script.SETS]
     assert names == re.findall(r"^    (\w+) ", listed, re.M) and len(names) == 11
     for rule in script.SETS:
