@@ -395,6 +395,7 @@ def test_mimic(tmp_path, suffix):
     assert make_table("mimic", tmp_path, "--no-split")[0] == split(rows)
     split_file("aa.jpg,50414267,10000032,train", "cc.jpg,57375967,10000764,test")
     assert "aa.jpg" in refusal("mimic", tmp_path)
+    assert make_table("mimic", tmp_path, "--no-split")[0] == split(rows)
     split_file("aa,50414267,10000032,train", "cc,57375967,10000764,test")
     write(tmp_path, {published("chexpert"): f"subject_id,study_id,{FLAGS}\n10000032,s50414267,1.0"
                      f"{13 * ','}\n"})
@@ -764,7 +765,7 @@ def test_medmnist(tmp_path, monkeypatch, labels, findings):
         [row.rpartition(",")[0] + "," for row in rows])
     medmnist(tmp_path / "set.npz", labels, (n, n, n), test_images=images[::-1])    # another set
     assert "000000.png" in refusal(*arguments)
-    for bad in {"test_labels": labels * 3}, {"train_labels": labels[:, :0]}:
+    for bad in {"test_labels": labels * 3}, {"val_labels": np.hstack([labels, labels])}:
         medmnist(tmp_path / "set.npz", labels, (n, n, n), **bad)
         assert "set.npz" in refusal(*arguments)
     np.savez(tmp_path / "set.npz", train_images=images)
@@ -1230,11 +1231,11 @@ def test_vindr(tmp_path):
                      "a,R3,0,1,0\nb,R1,0,0,1\nb,R2,0,0,1\nc,R1,0,0,0\n"})
     assert "image_labels_test.csv" in make_table(*arguments, status=2)[1]
     write(tmp_path, {"annotations/image_labels_test.csv":       # where PhysioNet has them
-                     VINDR.format("").replace("rad_id,", "") + "d,0,1,0\ne,0,0,1\nf,0,0,1\n"})
+                     VINDR.format("").replace("rad_id,", "") + "d,1,1,0\ne,0,0,1\nf,0,0,1\n"})
     rows, counts = make_table(*arguments)
     assert rows == [
         "train/a.dicom.png,cardiomegaly|other diseases,,train", "train/b.dicom.png,,,train",
-        "test/d.dicom.png,other diseases,,test", "test/e.dicom.png,,,test"]
+        "test/d.dicom.png,cardiomegaly|other diseases,,test", "test/e.dicom.png,,,test"]
     assert sorted(left_out(counts)) == [1, 1]                   # f has no file, c no finding
     assert sorted(times(tmp_path / "png")) == sorted(row.split(",")[0] for row in rows)
     assert make_table(*arguments, "--no-split")[0] == split(
