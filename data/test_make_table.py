@@ -389,7 +389,7 @@ def test_mimic(tmp_path, suffix):
     split_file("aa,50414267,10000032,train", "cc,57375967,10000764,validate",
                "zz,1,1,test")                                  # train alone is no split
     found, said = make_table("mimic", tmp_path)
-    assert found == [rows[0] + "train"] and left_out(said)[-1] == 1 and "zz" in said
+    assert found == [rows[0] + "train"] and left_out(said) == [1, 1, 1, 1, 1] and "zz" in said
     split_file("aa,50414267,10000032,train", "cc,57375967,10000764,test")
     assert make_table("mimic", tmp_path)[0] == [rows[0] + "train", rows[1] + "test"]
     assert make_table("mimic", tmp_path, "--no-split")[0] == split(rows)
@@ -1187,6 +1187,10 @@ def test_masks_that_match_no_image_or_lie_among_the_images_are_refused(tmp_path)
     make_table("nih", tmp_path / "set", "--masks", tmp_path / "masks")
     nih_set(tmp_path / "set", "3_000.png,Mass,1,1,3,2")
     assert "3_000.png" in refusal("nih", tmp_path / "set", "--masks", tmp_path / "masks")
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")              # files of other origin
+    before = times(tmp_path / "copy")
+    assert "3_000.png" in refusal("nih", tmp_path / "set", "--masks", tmp_path / "copy")
+    assert times(tmp_path / "copy") == before
     (tmp_path / "set/BBox_List_2017.csv").unlink()
     assert "BBox_List_2017.csv" in refusal("nih", tmp_path / "set", "--masks", tmp_path / "other")
 
