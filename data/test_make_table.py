@@ -1203,13 +1203,15 @@ def test_rsna(tmp_path):
     dicom(images / "d4.dcm", np.stack([DEEP, DEEP]))
     write(tmp_path, {"stage_2_detailed_class_info.csv": "patientId,class\na1,Normal\n"
                      "b2,Lung Opacity\nb2,Lung Opacity\nc3,No Lung Opacity / Not Normal\n"
-                     "d4,Normal\nd4,Normal\ne5,Normal\nf6,Normal\n,\n"})
+                     "d4,Normal\nd4,Normal\ne5,Normal\nf6,Normal\n,\ng7,Normal\n",
+                     "stage_2_train_images/g7.dcm": "no DICOM"})
     rows, counts = make_table("rsna", tmp_path, "--images", tmp_path / "png")
     assert rows == split([
         "stage_2_train_images/a1.dcm.png,,a1,", "stage_2_train_images/b2.dcm.png,lung opacity,b2,",
         "stage_2_train_images/c3.dcm.png,no lung opacity / not normal,c3,"])
-    assert sorted(left_out(counts)) == [1, 2] and "d4.dcm" in counts and "e5.dcm" in counts
-    assert "damaged" not in counts, "they have several frames, or no file"
+    assert sorted(left_out(counts)) == [1, 1, 2] and "d4.dcm" in counts and "e5.dcm" in counts
+    assert re.search("^left out: 1 damaged .* stage_2_train_images/g7.dcm", counts, re.M)
+    assert counts.count("damaged") == 1, "the others have several frames, or no file"
     assert sorted(times(tmp_path / "png")) == [row.split(",")[0] for row in rows]
     write(tmp_path, {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na1,,,,,0\n"
                      "b2,3.0,4.0,20.0,30.0,1\nb2,1.0,40.0,47.0,8.0,1\nc3,,,,,0\n"})
