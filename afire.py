@@ -2,9 +2,13 @@
 """AFiRe: anatomy-driven self-supervised learning for fine-grained representation of radiographs.
 
 A single-file reference implementation of Liu, He, Wen, Yang and Chen, AAAI 2025 (arXiv:2504.10972).
-A Vision Transformer is pre-trained on *normal* chest radiographs only, with two tasks on tokens:
-(I) a position shows the same anatomy in every patient, so its tokens are drawn to a prototype
-of that position; (II) synthetic lesions are added, and the normal image is restored.
+
+    python afire.py pretrain --data FOLDER --labels CSV       or without options, on phantoms
+    python afire.py eval                                      an encoder beside the same untrained
+
+A Vision Transformer is pre-trained on *normal* chest radiographs only, with two token-level tasks:
+(I) a position shows roughly the same anatomy in every patient, so its tokens are pulled towards a
+prototype of that position; (II) synthetic lesions are added, and the normal image is restored.
 
                         teacher: moving average of the student
     x  normal --------> encoder --E^T--> head --Q^T--> mean over images --> P --Sinkhorn--> C
@@ -22,17 +26,21 @@ of that position; (II) synthetic lesions are added, and the normal image is rest
     Q^S, Q^T  head outputs over K pseudo-clusters                   (B, L, K)
     P         spatial-aware prototypes: running mean of Q^T         (L, K)
     C         P after Sinkhorn-Knopp: soft assignment of positions  (L, K), rows sum to 1
-    N, A      normal and abnormal tokens: M > 0 anywhere in its patch makes a token abnormal
+    N, A      normal and abnormal tokens; a token is abnormal if M > 0 anywhere in its patch
 
-In docstrings [P] is what the paper says, [R] what the authors' released code does
-(github.com/LYH-hh/AFiRe at commit 660d917; none of it is copied here), [D] our choice.
+The file has two halves. The method is complete at class AFiRe: lesions, Vision Transformer, head
+and prototypes, losses. Below it stands what runs it: options, training, evaluation, checkpoints,
+data, phantoms, figures, command line.
+
+In docstrings [P] marks what the paper says, [R] what the authors' released code does
+(github.com/LYH-hh/AFiRe at commit 660d917; none of it is copied here), [D] our own choice.
 """
 
 import argparse
-import collections
 import concurrent.futures
 import csv
 import dataclasses
+import datetime
 import hashlib
 import inspect
 import io
@@ -43,7 +51,6 @@ import re
 import sys
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -57,87 +64,6 @@ from tqdm import tqdm
 
 
 # ---- Synthetic lesion mask (Fig. 2, left) --------------------------------------------------------
-
-def otsu_threshold(levels):
-    """Otsu's threshold (1979); pixels above it are bright: (B, H, W) in 0..255 -> (B,)."""
-    levels = levels.flatten(1)                                                 # (B, H * W)
-    counts = torch.zeros(len(levels), 256, device=levels.device)
-    counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
-    below = counts.cumsum(1)                                   # pixels up to a level, (B, 256)
-    total = (counts * torch.arange(256, device=levels.device)).cumsum(1)       # sum of their levels
-    n = below[:, -1:]
-    mean = total[:, -1:] / n
-    # The variance between the two classes, up to a factor, (B, 256)
-    between_classes = (mean * below - total) ** 2 / (below * (n - below)).clamp_min(1)
-    return between_classes.argmax(1)
-
-
-def largest_region(bright, rounds=12):
-    """The largest 8-connected component of an image [D]: (B, H, W) bool -> (B, H, W) bool."""
-    # Connected components by pointer jumping. A pixel's label is the index of a pixel, at first its
-    # own (as float32, exact below 2^24). In every round (1) neighbours share their highest label,
-    # (2) the pixel that a label names takes it too, (3) labels jump to their label's label, twice.
-    # In the end a component has one label; the worst maze tried, at 1024 px, needs 10 rounds.
-    B, H, W = bright.shape
-    pixel = torch.arange(H * W, device=bright.device, dtype=torch.float)
-    label = pixel.expand(B, -1)                                                # (B, H * W)
-    dark = ~bright.flatten(1)
-    for _ in range(rounds):
-        highest = label.masked_fill(dark, 0).view(B, 1, H, W)
-        highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1)
-        highest = torch.where(dark, pixel, highest)                            # (1)
-        label = label.scatter_reduce(1, label.long(), highest, "amax")         # (2)
-        label = label.gather(1, label.long())                                  # (3)
-        label = label.gather(1, label.long())
-    label = label.long()
-    size = torch.zeros_like(pixel).expand(B, -1).scatter_add(1, label, (~dark).float())
-    largest = label == size.argmax(1, keepdim=True)
-    return bright & largest.view(B, H, W)
-
-
-def enclosing_circle_centre(region, steps=80):
-    """The centre of the smallest circle around a region: (B, H, W) bool -> (B, 2), y and x."""
-    # Badoiu and Clarkson (2003): step i moves 1/i of the way to the farthest point; 80 steps end
-    # within 2.5 px at 224. Only the first and the last pixel of a row can be farthest.
-    B, H, W = region.shape
-    row = torch.arange(H, device=region.device, dtype=torch.float)
-    column = torch.arange(W, device=region.device, dtype=torch.float)
-    first = torch.where(region, column, W).amin(2)                             # (B, H)
-    last = torch.where(region, column, -1).amax(2)                             # (B, H)
-    points = torch.stack([row.repeat(B, 2), torch.cat([first, last], 1)], 2)   # (B, 2H, 2)
-    inside = region.any(2).repeat(1, 2).unsqueeze(2)                           # (B, 2H, 1)
-    centre = (points * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
-    points = torch.where(inside, points, centre)           # an empty row has no effect
-    for i in range(2, steps + 2):
-        distance = (points - centre).square().sum(2)                           # (B, 2H)
-        farthest = distance.argmax(1).view(B, 1, 1).expand(B, 1, 2)
-        centre = centre + (points.gather(1, farthest) - centre) / i            # (B, 1, 2)
-    return centre.squeeze(1)
-
-
-def texture_centre(images):
-    """The largest bright region's centre [P: Fig. 2; R]: (B, 1, H, W) in [0, 1] -> (B, 2), y, x."""
-    levels = (images.squeeze(1).float() * 255).round().long()                  # (B, H, W)
-    bright = levels > otsu_threshold(levels).view(-1, 1, 1)
-    return enclosing_circle_centre(largest_region(bright))
-
-
-def bilinear_weights(size_draw, start_draw, source, length):
-    """Weights that resize source pixels of an axis and place them on one of length pixels.
-
-    size_draw, start_draw (B, 4, 1) in [0, 1): a size of 16 to 128 px (at 224 px), and a start for
-    which the result lies inside. Returns (B, 4, length, source), 0 outside of the result.
-    """
-    smallest = max(1, round(16 * length / 224))
-    largest = max(1, round(128 * length / 224))
-    size = smallest + (size_draw * (largest - smallest + 1)).floor()           # in pixels
-    start = (start_draw * (length - size + 1)).floor()
-    pixel = torch.arange(length, device=size.device) - start                   # (B, 4, length)
-    position = ((pixel + 0.5) * source / size - 0.5).clamp(0, source - 1)      # in the source
-    distance = position.unsqueeze(3) - torch.arange(source, device=size.device)
-    inside = (pixel >= 0) & (pixel < size)
-    return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
-
 
 def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     """Adds 1 to 4 synthetic lesions to each image [P: Fig. 2; R: the numbers].
@@ -160,21 +86,22 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     w = max(1, round(60 * W / 224))
     top = (centre[:, 0] - h / 2).round().clamp(0, H - h).long()                # (B,)
     left = (centre[:, 1] - w / 2).round().clamp(0, W - w).long()
-    image = torch.arange(B, device=device).view(B, 1, 1)
+    b = torch.arange(B, device=device).view(B, 1, 1)
     row = top.view(B, 1, 1) + torch.arange(h, device=device).unsqueeze(1)      # (B, h, 1)
     column = left.view(B, 1, 1) + torch.arange(w, device=device)               # (B, 1, w)
-    texture = grey[image, row, column]                                         # (B, h, w)
+    texture = grey[b, row, column]                                             # (B, h, w)
     v = torch.linspace(-1, 1, h, device=device).unsqueeze(1)
     u = torch.linspace(-1, 1, w, device=device)
     window = torch.exp(-(u ** 2 + v ** 2) / 0.5)                               # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
 
-    # Five random numbers for each of 4 lesions; the first one's count says how many exist.
-    source = generator.device if generator else device
-    draws = torch.rand((offset + B, 4, 5), generator=generator, device=source)[offset:]
-    draws = draws.to(device, non_blocking=True).unsqueeze(3)
-    height, width, y, x, count = draws.unbind(2)                               # (B, 4, 1)
-    exists = torch.arange(4, device=device).view(4, 1) <= (4 * count[:, :1]).floor()   # (B, 4, 1)
+    # Five random numbers for each of 4 lesions. The last one of the first lesion is their number.
+    rng_device = generator.device if generator else device
+    uniform = torch.rand((offset + B, 4, 5), generator=generator, device=rng_device)[offset:]
+    uniform = uniform.to(device, non_blocking=True).unsqueeze(3)
+    height, width, y, x, count = uniform.unbind(2)                             # (B, 4, 1)
+    lesions = 1 + (4 * count[:, :1]).floor()                                   # (B, 1, 1), 1 to 4
+    exists = torch.arange(4, device=device).view(4, 1) < lesions               # (B, 4, 1)
 
     # Resizing and placing is linear and separable: a lesion is rows @ texture @ columns^T.
     rows = bilinear_weights(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
@@ -184,6 +111,92 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     mask = torch.where(mask < 1 / 255, 0, mask.clamp_max(1)).unsqueeze(1)      # (B, 1, H, W)
     lesioned = torch.maximum(images, (images + mask).clamp_max(235 / 255))
     return lesioned, mask
+
+
+def bilinear_weights(size_number, start_number, texture_size, length):
+    """Matrices that resize texture_size pixels and place them on an axis of length pixels.
+
+    size_number, start_number (B, 4, 1): random numbers in [0, 1), which choose a size of 16 to
+    128 px (at 224 px), and a start for which the lesion lies inside the image. Returns
+    (B, 4, length, texture_size), zero outside of the lesion.
+    """
+    smallest = max(1, round(16 * length / 224))
+    largest = max(1, round(128 * length / 224))
+    size = smallest + (size_number * (largest - smallest + 1)).floor()         # in pixels
+    start = (start_number * (length - size + 1)).floor()
+    pixel = torch.arange(length, device=size.device) - start                   # (B, 4, length)
+    position = ((pixel + 0.5) * texture_size / size - 0.5).clamp(0, texture_size - 1)
+    distance = position.unsqueeze(3) - torch.arange(texture_size, device=size.device)
+    inside = (pixel >= 0) & (pixel < size)
+    return (1 - distance.abs()).clamp_min(0) * inside.unsqueeze(3)
+
+
+def texture_centre(images):
+    """The largest bright region's centre [P: Fig. 2; R]: (B, 1, H, W) in [0, 1] -> (B, 2), y, x."""
+    levels = (images.squeeze(1).float() * 255).round().long()                  # (B, H, W)
+    bright = levels > otsu_threshold(levels).view(-1, 1, 1)
+    return enclosing_circle_centre(largest_region(bright))
+
+
+def otsu_threshold(levels):
+    """Otsu's threshold (1979); pixels above it are bright: (B, H, W) in 0..255 -> (B,)."""
+    levels = levels.flatten(1)                                                 # (B, H * W)
+    counts = torch.zeros(len(levels), 256, device=levels.device)
+    counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
+    pixels_up_to = counts.cumsum(1)                        # a level, itself included, (B, 256)
+    sum_up_to = (counts * torch.arange(256, device=levels.device)).cumsum(1)
+    n = pixels_up_to[:, -1:]
+    mean = sum_up_to[:, -1:] / n
+    # The variance between the two classes, up to a factor, (B, 256)
+    between_classes = ((mean * pixels_up_to - sum_up_to) ** 2
+                       / (pixels_up_to * (n - pixels_up_to)).clamp_min(1))
+    return between_classes.argmax(1)
+
+
+def largest_region(bright, rounds=12):
+    """The largest 8-connected component, by pixel count [D; R: by contour area]: (B, H, W) bool."""
+    # Connected components by pointer jumping. In the end all pixels of a component have one label,
+    # the highest index in it. Spreading labels to neighbours alone takes as many rounds as the
+    # longest path; following labels to the labels they point at shortens it. The worst maze tried,
+    # at 1024 px, needs 10 rounds. Labels are float32, exact below 2^24.
+    B, H, W = bright.shape
+    pixel = torch.arange(H * W, device=bright.device, dtype=torch.float)
+    label = pixel.expand(B, -1)                            # at first its own index, (B, H * W)
+    dark = ~bright.flatten(1)
+    for _ in range(rounds):
+        # Neighbours share their highest label ...
+        highest = label.masked_fill(dark, 0).view(B, 1, H, W)
+        highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1)
+        highest = torch.where(dark, pixel, highest)
+        # ... the pixel that a label points at takes it too, and labels jump to that pixel's, twice.
+        label = label.scatter_reduce(1, label.long(), highest, "amax")
+        label = label.gather(1, label.long())
+        label = label.gather(1, label.long())
+    label = label.long()
+    size = torch.zeros_like(pixel).expand(B, -1).scatter_add(1, label, (~dark).float())
+    largest = label == size.argmax(1, keepdim=True)
+    return bright & largest.view(B, H, W)
+
+
+def enclosing_circle_centre(region, steps=80):
+    """The centre of the smallest circle around a region: (B, H, W) bool -> (B, 2), y and x."""
+    # Badoiu and Clarkson (2003): step i moves 1/i of the way to the farthest point; 80 steps come
+    # within 2.5 px of the exact centre, at 224 px. Only the first and the last pixel of a row can
+    # be farthest.
+    B, H, W = region.shape
+    row = torch.arange(H, device=region.device, dtype=torch.float)
+    column = torch.arange(W, device=region.device, dtype=torch.float)
+    first = torch.where(region, column, W).amin(2)                             # (B, H)
+    last = torch.where(region, column, -1).amax(2)                             # (B, H)
+    points = torch.stack([row.repeat(B, 2), torch.cat([first, last], 1)], 2)   # (B, 2H, 2)
+    inside = region.any(2).repeat(1, 2).unsqueeze(2)                           # (B, 2H, 1)
+    centre = (points * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
+    points = torch.where(inside, points, centre)           # an empty row has no effect
+    for i in range(2, steps + 2):
+        distance = (points - centre).square().sum(2)                           # (B, 2H)
+        farthest = distance.argmax(1).view(B, 1, 1).expand(B, 1, 2)
+        centre = centre + (points.gather(1, farthest) - centre) / i            # (B, 1, 2)
+    return centre.squeeze(1)
 
 
 # ---- Vision Transformer: names and arithmetic as in timm, positions as in MAE --------------------
@@ -205,7 +218,10 @@ def abnormal_tokens(mask, patch_size):
 
 
 def sincos_positions(side, dim):
-    """MAE's [R], half for the column, half for the row: (1, 1 + L, dim); 0 for the class token."""
+    """MAE's sin-cos position embedding [R]: -> (1, 1 + L, dim).
+
+    Half the channels encode the column, half the row; the class token has zeros.
+    """
     frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(side, dtype=torch.float64).outer(frequency)           # (side, dim / 4)
     column = torch.cat([angle.sin(), angle.cos()], 1).expand(side, side, -1)   # (side, side, d / 2)
@@ -258,7 +274,8 @@ class ViT(nn.Module):
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12,
                  num_heads=12):
         super().__init__()
-        self.sizes = (img_size, patch_size, in_chans, embed_dim, depth, num_heads)
+        self.config = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans,
+                           embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": projection})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
@@ -275,7 +292,10 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (B, 1 + L, D) to images (B, C, H, W); those in masked (B, L) are replaced [P; R]."""
+    """Restores images from tokens [P; R]: (B, 1 + L, D), masked (B, L) bool -> (B, C, H, W).
+
+    A masked position gets its own learned mask token in the place of its token.
+    """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, encoder_dim=768, embed_dim=512,
                  depth=8, num_heads=16):
@@ -314,10 +334,10 @@ class AnatomyHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim))
         # Only the direction of a row counts; its length sets how slowly it turns. Rows of N(0, 1)
         # are long (sqrt(bottleneck_dim)), so that the encoder learns, not the last layers alone:
-        # with short rows tokens of a position barely clustered (silhouette .01, not .31) [D].
+        # with short rows tokens of a position barely clustered (in an early version) [D].
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         for layer in self.mlp[::2]:
-            nn.init.normal_(layer.weight, std=0.02)        # [R] truncates at 100 std
+            nn.init.normal_(layer.weight, std=0.02)        # release: cut at 100 std
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens):
@@ -386,7 +406,7 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
         s_ij = cos(Q^S_ij, P_j) / temperature
         mean over (i, j) in N of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
 
-    A stand-in, to be replaced freely: written without access to the full text of the paper; its
+    A stand-in, replace it as you like: written without access to the full text of the paper; its
     formula for L_cate is not known here, and the released code lacks it. Ours is InfoNCE with the
     prototype as the anchor. With the mean of the negatives, not their sum, it is log 2 if tokens
     are indistinguishable, for any batch size.
@@ -394,8 +414,8 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
     logits (B, L, K), prototypes (L, K), normal and abnormal (B, L) bool -> scalar. Positions
     without both kinds of token are ignored; 0 if none is left.
     """
-    # eps: the gradient of zero vectors stays finite in half precision.
     s = F.cosine_similarity(logits.float(), prototypes, dim=2, eps=1e-3) / temperature  # (B, L)
+    # (eps: the gradient of zero vectors stays finite in half precision.)
     contrasted = abnormal.any(0)                           # positions with a negative, (L,)
     positive = normal & contrasted                                             # (B, L)
     # The log of the mean over negatives. Positions without one keep all tokens, as the gradient of
@@ -419,12 +439,18 @@ def normalise(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
 
 
 def features(encoder, images):
-    """Patch tokens, as no loss reads the class token: (B, 1, H, W) in [0, 1] -> (B, L, D)."""
+    """An encoder's patch tokens, without the class token (no loss reads it).
+
+    images (B, 1, H, W) in [0, 1] -> (B, L, D).
+    """
     return encoder(normalise(images))[:, 1:]
 
 
 class AFiRe(nn.Module):
-    """Student, teacher (moving average), decoder, prototypes; weights of the losses, 1 each [R]."""
+    """Student, teacher (its moving average), decoder and prototypes.
+
+    weights: of L_stru, L_cate and L_rest, 1 each [R for the two it has].
+    """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
                  out_dim=256, head_dim=1024, bottleneck_dim=256, decoder_dim=512, decoder_depth=8,
@@ -434,15 +460,15 @@ class AFiRe(nn.Module):
         self.num_patches = (img_size // patch_size) ** 2
         self.weights = weights
 
-        def network():
+        def branch():
             encoder = ViT(img_size, patch_size, 3, embed_dim, depth, num_heads)
             head = AnatomyHead(embed_dim, self.num_patches, out_dim, head_dim, bottleneck_dim)
             return nn.ModuleDict({"encoder": encoder, "head": head})
 
-        self.student = network()
+        self.student = branch()
         self.decoder = Decoder(img_size, patch_size, 3, embed_dim, decoder_dim, decoder_depth,
                                decoder_heads)
-        self.teacher = network().requires_grad_(False)
+        self.teacher = branch().requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.prototypes = SpatialPrototypes(self.num_patches, out_dim)
 
@@ -461,7 +487,8 @@ class AFiRe(nn.Module):
         logits = self.student["head"](tokens[:, 1:])                           # (B, L, K)
         restored = self.decoder(tokens, abnormal)                              # (B, 3, H, W)
 
-        logits = gather(logits)                            # task I uses the global batch
+        # Task I compares with all images of the batch, as one process would see it [D].
+        logits = gather(logits)
         abnormal = gather(abnormal)
         prototypes = self.prototypes.prototypes                                # (L, K)
         assignment = self.prototypes.assignment()                              # (L, K)
@@ -478,108 +505,84 @@ class AFiRe(nn.Module):
             average.lerp_(parameter, 1 - momentum)
 
 
-# ---- Options: declared once, here ----------------------------------------------------------------
-
-class InputError(Exception):
-    """Bad input or a bad option, in one sentence with the remedy; the command line exits with 2."""
-
-
-def option(default, text, choices=None, minimum=0):
-    """A field of a dataclass that is also an option of the command line."""
-    metadata = {"help": text, "choices": choices, "minimum": minimum}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass
-class DataOptions:
-    """Options that both commands share."""
-    data: str = option(None, "folder of radiographs; without it, phantoms are drawn")
-    labels: str = option(None, "CSV: image, findings (a|b), and if known patient and split")
-    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto: cuda if there is one, else cpu")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            minimum = field.metadata.get("minimum", 0)
-            if isinstance(value, (int, float)) and not value >= minimum:       # nor is NaN
-                name = field.name.replace("_", "-")
-                raise InputError(f"--{name} {value}: choose at least {minimum}")
-
-
-@dataclasses.dataclass
-class PretrainOptions(DataOptions):
-    """Pre-train on normal radiographs. Preset paper is the release's recipe for one GPU [R]."""
-    out: str = option("runs/afire", "folder of the run; an existing run is resumed")
-    init: str = option(None, "checkpoint that the encoder starts from")
-    preset: str = option(None, "set of defaults; if not given: phantoms without --data, else paper "
-                         "on a GPU and small elsewhere", ("paper", "small", "phantoms"))
-    arch: str = option("vit_base", "encoder", ("vit_micro", "vit_small", "vit_base"))
-    img_size: int = option(224, "side of the square that images are resized to, in px", minimum=1)
-    patch_size: int = option(16, "side of a patch, in pixels", minimum=1)
-    levels: str = option("file", "grey levels as in the file, or equalised", ("file", "equal"))
-    epochs: int = option(400, "passes over the normal images, in whole batches", minimum=1)
-    batch_size: int = option(64, "images in a step, over all processes (release: 1024)", minimum=1)
-    lr: float = option(5e-4, "peak learning rate at batch size 256, scaled linearly with it")
-    structure_weight: float = option(1.0, "weight of L_stru; 0 disables it")
-    category_weight: float = option(1.0, "weight of L_cate; 0 disables it")
-    restoration_weight: float = option(1.0, "weight of L_rest; 0 disables it")
-    seed: int = option(0, "random seed")
-    warmup_epochs: int = 10                    # of linear warm-up; only presets change it
-    teacher_momentum: float = 0.996            # at the start, 1 at the end; only presets change it
-
-
-PRESETS = {
-    "paper": {},
-    "small": dict(arch="vit_micro", img_size=64, patch_size=8, levels="equal", epochs=38,
-                  batch_size=32, lr=8e-3, warmup_epochs=3, teacher_momentum=0.99),
-    "phantoms": dict(arch="vit_micro", img_size=64, patch_size=8, epochs=18, batch_size=16,
-                     lr=16e-3, structure_weight=0.2, category_weight=0.2, warmup_epochs=2,
-                     teacher_momentum=0.97)}
-
-
-@dataclasses.dataclass
-class EvalOptions(DataOptions):
-    """Evaluate an encoder and the same encoder untrained, on --data or the data of its run."""
-    ckpt: str = option("runs/afire", "folder of a run, or a ViT of ours, timm, MAE, DINO, ...")
-    out: str = option(None, "folder for the results; if not given: eval in the run's folder")
-    img_size: int = option(None, "side of the images in pixels, if not the encoder's", minimum=1)
-
-
-def parse_arguments(argv=None):
-    """The command line: -> PretrainOptions or EvalOptions. Typed options override the preset."""
-    parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, options, presets in ("pretrain", PretrainOptions, PRESETS), ("eval", EvalOptions, {}):
-        command = commands.add_parser(name, allow_abbrev=False, help=options.__doc__.split("\n")[0])
-        for field in dataclasses.fields(options):
-            if field.metadata:
-                defaults = [str(field.default)]
-                defaults += [f"{preset} {changes[field.name]}"
-                             for preset, changes in presets.items() if field.name in changes]
-                command.add_argument(
-                    "--" + field.name.replace("_", "-"), type=field.type,
-                    choices=field.metadata["choices"], default=argparse.SUPPRESS,
-                    help=f"{field.metadata['help']} ({', '.join(defaults)})")
-    typed = vars(parser.parse_args(argv))                  # SUPPRESS leaves only what was typed
-    if typed.pop("command") == "eval":
-        return EvalOptions(**typed)
-    if not typed.get("data"):
-        default = "phantoms"
-    elif torch.cuda.is_available() and typed.get("device") != "cpu":
-        default = "paper"
-    else:
-        default = "small"
-    preset = typed.setdefault("preset", default)
-    return PretrainOptions(**{**PRESETS[preset], **typed})
-
-
-# ---- Pre-training --------------------------------------------------------------------------------
+# ---- Options: architectures, presets, command line -----------------------------------------------
 
 ARCHITECTURES = {
     "vit_micro": dict(embed_dim=128, depth=4, num_heads=2, out_dim=64, head_dim=128,
                       bottleneck_dim=128, decoder_dim=64, decoder_depth=2, decoder_heads=2),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
-    "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}                   # [P]
+PRESETS = {                                # paper is the release's recipe for one GPU, small ours
+    "paper": dict(arch="vit_base", img_size=224, patch_size=16, levels="file", epochs=400,
+                  batch_size=64, lr=5e-4, warmup_epochs=10, teacher_momentum=0.996,
+                  structure_weight=1.0, category_weight=1.0, restoration_weight=1.0),
+    "small": dict(arch="vit_micro", img_size=64, patch_size=8, levels="equal", epochs=38,
+                  batch_size=32, lr=8e-3, warmup_epochs=3, teacher_momentum=0.99,
+                  structure_weight=1.0, category_weight=1.0, restoration_weight=1.0),
+    "phantoms": dict(arch="vit_micro", img_size=64, patch_size=8, levels="file", epochs=18,
+                     batch_size=16, lr=16e-3, warmup_epochs=2, teacher_momentum=0.97,
+                     structure_weight=0.2, category_weight=0.2, restoration_weight=1.0)}
+
+
+def number(kind, minimum, maximum=10 ** 9):
+    """The type of an option: an int or a float from minimum to maximum."""
+    def number_of(text):
+        if not minimum <= kind(text) <= maximum:           # NaN is refused too
+            raise argparse.ArgumentTypeError(f"choose from {minimum} to {maximum}, not {text}")
+        return kind(text)
+    number_of.__name__ = kind.__name__                     # argparse says "invalid int value"
+    return number_of
+
+
+def parse_arguments(argv=None):
+    """The command line: -> its options. What is given overrides the preset."""
+    parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    pretrain = commands.add_parser(
+        "pretrain", help="pre-train on normal radiographs", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"preset {name}: {settings}" for name, settings in PRESETS.items()))
+    evaluate = commands.add_parser(
+        "eval", help="evaluate an encoder beside the same one untrained", allow_abbrev=False)
+    for command in pretrain, evaluate:
+        add = command.add_argument
+        add("--data", help="folder of PNG or JPEG files; default: phantoms; in eval, the run's")
+        add("--labels", help="CSV by data/make_table.py: image, findings, patient, split, mask; "
+            "without it all images are normal; in eval, scored")
+        add("--device", default="auto", help="cpu, cuda, cuda:1 or mps; default: cuda, or else cpu")
+        add("--levels", choices=("file", "equal"), help="grey levels as in the file, or equalised; "
+            "in eval, by default as the encoder was trained, if that is known, or file")
+    add("--ckpt", default="runs/afire", help="folder of a run (default: runs/afire), or a ViT")
+    add("--out", help="folder for the results; default: eval in the run's folder")
+    add = pretrain.add_argument
+    add("--all-normal", action="store_true", help="without --labels: images of subfolders too")
+    add("--out", default="runs/afire", help="folder (default: runs/afire); a run in it is resumed")
+    add("--init", help="checkpoint that the encoder starts from")
+    add("--preset", choices=PRESETS, help="defaults of the options below, see the end; if not "
+        "given: phantoms without --data, else paper on a GPU and small elsewhere")
+    add("--arch", choices=ARCHITECTURES, help="encoder")
+    add("--img-size", type=number(int, 1, 4096), help="side of the square that images become")
+    add("--patch-size", type=number(int, 1, 4096), help="side of a patch, in pixels")
+    add("--epochs", type=number(int, 1), help="passes over the normal images, in whole batches")
+    add("--batch-size", type=number(int, 1), help="images in a step, over all processes")
+    add("--lr", type=number(float, 0), help="peak learning rate at batch size 256, scaled with it")
+    for loss in "structure", "category", "restoration":
+        add(f"--{loss}-weight", type=number(float, 0), help="weight of this loss; 0 disables it")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="random seed (default: 0)")
+    options = parser.parse_args(argv)
+    if options.command == "pretrain":
+        gpu = torch.cuda.is_available() and options.device != "cpu"
+        default = "phantoms" if not options.data else "paper" if gpu else "small"
+        preset = options.preset or default
+        pretrain.set_defaults(preset=preset, method="AFiRe", **PRESETS[preset])
+        options = parser.parse_args(argv)
+    return options
+
+
+# ---- Pre-training --------------------------------------------------------------------------------
+
+class InputError(Exception):
+    """Bad input or a bad option, in one sentence with the remedy; the command line exits with 2."""
 
 
 def build_model(options):
@@ -597,9 +600,10 @@ def get_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()                 # "meta" has no numbers
+    except (RuntimeError, AssertionError) as error:        # torch has no such device, or no CUDA
         raise InputError(f"--device {name} is not available: try --device cpu") from error
+    return torch.device(name)
 
 
 def to_device(array, device):
@@ -611,10 +615,17 @@ def to_device(array, device):
 
 
 @torch.no_grad()
-def in_batches(function, images, rows, device):
-    """Applies function to images[rows] in batches of 64 at most: -> its results, concatenated."""
-    batches = np.array_split(rows, 1 + len(rows) // 64)
-    return torch.cat([function(to_device(images[batch], device) / 255) for batch in batches])
+def in_batches(function, images, rows, device, bar=None):
+    """Applies function to images[rows] in batches of 64 at most: -> its results, concatenated.
+
+    bar: a tqdm, which counts the images.
+    """
+    results = []
+    for batch in np.array_split(rows, 1 + len(rows) // 64):
+        results.append(function(to_device(images[batch], device) / 255))
+        if bar is not None:
+            bar.update(len(batch))
+    return torch.cat(results)
 
 
 def cosine(start, end, progress):
@@ -627,53 +638,54 @@ class Trainer:
 
     metrics = ("loss", "structure", "category", "restoration", "gradient_norm")
 
-    def __init__(self, options, device, rank=0, world=1):
+    def __init__(self, options, device, per_epoch, rank=0, world=1):
         self.options = options
         self.device = device
+        self.per_epoch = per_epoch                         # steps
         self.rank = rank
+        self.world = world
         self.model = build_model(options).to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        weights = [p for p in self.parameters if p.ndim > 1]
+        decayed = [p for p in self.parameters if p.ndim > 1]
         biases_and_norms = [p for p in self.parameters if p.ndim == 1]
-        self.optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases_and_norms}],
+        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": biases_and_norms}],
                                            fused=device.type != "mps")
         # A GPU without native bf16 trains in float32.
         self.bf16 = (device.type == "cuda"
                      and torch.cuda.is_bf16_supported(including_emulation=False))
-        self.network = self.model
+        self.parallel = self.model
         if world > 1:
-            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
 
-    def schedules(self, step, per_epoch):
-        """-> learning rate, weight decay, momentum of the teacher."""
-        warmup = self.options.warmup_epochs * per_epoch
-        total = self.options.epochs * per_epoch
+    def schedules(self, iteration):
+        """-> learning rate, weight decay, momentum of the teacher, of the step of this number."""
+        warmup = self.options.warmup_epochs * self.per_epoch
+        total = self.options.epochs * self.per_epoch
         peak = self.options.lr * self.options.batch_size / 256
-        if step < warmup:
-            lr = peak * (step + 1) / warmup
+        if iteration < warmup:
+            lr = peak * (iteration + 1) / warmup
         else:
-            lr = cosine(peak, 1e-6, (step - warmup) / (total - warmup))
-        weight_decay = cosine(0.04, 0.4, step / total)
-        return lr, weight_decay, cosine(self.options.teacher_momentum, 1.0, step / total)
+            lr = cosine(peak, 1e-6, (iteration - warmup) / (total - warmup))
+        weight_decay = cosine(0.04, 0.4, iteration / total)
+        return lr, weight_decay, cosine(self.options.teacher_momentum, 1.0, iteration / total)
 
-    def step(self, images, centres, step, per_epoch):
+    def step(self, images, centres, iteration):
         """A step on this process's images (b, 1, S, S) uint8, their centres (b, 2): -> metrics."""
-        first_epoch = step < per_epoch
-        lr, weight_decay, momentum = self.schedules(step, per_epoch)
+        first_epoch = iteration < self.per_epoch
+        lr, weight_decay, momentum = self.schedules(iteration)
         for group, decay in zip(self.optimizer.param_groups, (weight_decay, 0.0)):
             group.update(lr=lr, weight_decay=decay)
         self.model.prototypes.momentum = 0.0 if first_epoch else 0.75          # [R]
 
-        # Generators use 32 bits of a seed. Multiples of 2^32 / golden ratio keep runs far apart.
-        seed = (self.options.seed * 2654435769 + step) % 2 ** 32
-        generator = torch.Generator().manual_seed(seed)
+        seed = np.random.SeedSequence((self.options.seed, iteration)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
         normal = to_device(images, self.device) / 255
         lesioned, mask = synthetic_lesion_mask(normal, generator, to_device(centres, self.device),
                                                offset=self.rank * len(images))
 
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.network(normal, lesioned, mask)
+            losses = self.parallel(normal, lesioned, mask)
         losses["loss"].backward()
         if first_epoch:
             self.model.student["head"].last_layers.grad = None                 # frozen, as in DINO
@@ -691,25 +703,45 @@ def processes():
     """-> rank of this process, number of processes, as torchrun sets them."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if rank >= world:
-        raise InputError(f"RANK is {rank} without a larger WORLD_SIZE: use torchrun")
+    if rank >= world or (world > 1 and "MASTER_ADDR" not in os.environ):
+        raise InputError(f"RANK {rank} and WORLD_SIZE {world} are not of torchrun: use it, or "
+                         "unset them")
     return rank, world
 
 
-def resume(trainer, path, run):
-    """Loads an interrupted run into the trainer: -> its state. run: a new one's, to agree with."""
+def load_init(model, path):
+    """Starts both encoders of the model from a checkpoint: -> hashes of its training images."""
     checkpoint = read_checkpoint(path)
-    model, _ = model_of_run(checkpoint, path)
-    before = {**checkpoint["config"], "images": checkpoint["images"]}
-    now = {**run["config"], "images": run["images"]}
-    may_differ = ("out", "data", "labels", "device", "preset")         # the images are compared
-    different = [name for name in now if now[name] != before[name] and name not in may_differ]
+    ours = model.student["encoder"]
+    encoder = load_encoder(path, ours.config["img_size"], checkpoint)
+    if encoder.config != ours.config:
+        raise InputError(f"--init {path} is a ViT of {encoder.config}, but --arch and --patch-size "
+                         f"ask for {ours.config}")
+    for branch in model.student, model.teacher:
+        branch["encoder"].load_state_dict(encoder.state_dict())
+    return trained_images(checkpoint, path)
+
+
+def resume(trainer, path, run):
+    """Loads a checkpoint into the trainer and into run, the state of a new run.
+
+    It is refused if its options or images differ from those of the new run.
+    """
+    checkpoint = read_checkpoint(path)
+    model, before = model_of_run(checkpoint, path)
+    may_differ = ("out", "data", "labels", "all_normal", "device", "preset")   # images are compared
+    different = [f"{name.replace('_', '-')} {getattr(before, name, None)}"
+                 for name, value in vars(trainer.options).items()
+                 if getattr(before, name, None) != value and name not in may_differ]
+    if before.images != run["images"]:
+        different.append("other images")
     if different:
-        raise InputError(f"the run in {path.parent} has other {' and '.join(different)}: repeat "
-                         "its command to resume it, or name another --out")
+        raise InputError(f"the run in {path.parent} was started with {' and '.join(different)}: "
+                         "repeat its command to resume it, or choose another --out")
     trainer.model.load_state_dict(model.state_dict())
     trainer.optimizer.load_state_dict(checkpoint["optimizer"])
-    return {**{key: checkpoint[key] for key in run}, "config": run["config"]}
+    run["history"] = checkpoint["history"]
+    run["earlier_images"] = checkpoint["earlier_images"]
 
 
 def pretrain(options):
@@ -725,18 +757,16 @@ def pretrain(options):
     if options.img_size % options.patch_size or options.batch_size % world:
         raise InputError("--img-size must be a multiple of --patch-size, and --batch-size of the "
                          f"number of processes ({world})")
-    if world > 1:
-        try:
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"WORLD_SIZE is {world}, but {error}: use torchrun") from error
+    if world > 1:                                          # the first one may decode for hours
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(days=1))
     data = load_radiographs(options.data, options.img_size, labels=options.labels,
-                            levels=options.levels)
-    normals = data.normal(data.train)
+                            levels=options.levels, all_normal=options.all_normal,
+                            with_masks=False)
+    normals = data.normal(data.train)                                          # (n,)
     if not len(normals):
-        present = np.array(data.findings)[data.labels[data.train].any(0)]
-        raise InputError("no image in train is normal; its findings are: "
-                         f"{', '.join(present) or 'none, as it is empty'}")
+        raise InputError("no image in train is normal; the findings are: "
+                         f"{', '.join(data.findings) or 'none'}")
     if len(normals) < options.batch_size:
         raise InputError(f"--batch-size must be at most {len(normals)}, the normal images in train")
     print(f"preset {options.preset}: pre-training on {len(normals)} normal images (excluded: "
@@ -745,68 +775,62 @@ def pretrain(options):
         print(f"--epochs {options.epochs} ends in the warm-up of {options.warmup_epochs} epochs: "
               "the learning rate never reaches its peak")
 
-    trainer = Trainer(options, device, rank, world)
+    trainer = Trainer(options, device, len(normals) // options.batch_size, rank, world)
     out = Path(options.out)
-    run = {"config": dataclasses.asdict(options), "earlier_images": [],        # those of --init
-           "images": [data.hashes[row] for row in normals], "epoch": 0, "history": []}
+    run = {"history": [],                                  # a record of each epoch
+           "images": [data.hashes[row] for row in normals], "earlier_images": []}  # those of --init
     if (out / "checkpoint.pth").exists():
-        run = resume(trainer, out / "checkpoint.pth", run)
-        print(f"resuming after epoch {run['epoch']} of {options.epochs}")
+        resume(trainer, out / "checkpoint.pth", run)
+        print(f"resuming after epoch {len(run['history'])} of {options.epochs}")
     elif options.init:
-        checkpoint = read_checkpoint(options.init)
-        encoder = load_encoder(options.init, options.img_size, checkpoint)
-        if encoder.sizes != trainer.model.student["encoder"].sizes:
-            raise InputError(f"--init {options.init} does not fit --arch and --patch-size")
-        for network in trainer.model.student, trainer.model.teacher:
-            network["encoder"].load_state_dict(encoder.state_dict())
-        run["earlier_images"] = trained_images(checkpoint, options.init)
+        run["earlier_images"] = load_init(trainer.model, options.init)
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        (out / "config.json").write_text(json.dumps(run["config"], indent=2))
-        if run["epoch"] == 0:
-            write_table(out / "table.csv", data)
-    train(trainer, data.images, normals, run, out, world)
+        (out / "config.json").write_text(json.dumps(vars(options), indent=2))
+        if options.labels and not run["history"]:
+            (out / "table.csv").write_bytes(Path(options.labels).read_bytes())
+    train(trainer, data.images, normals, run, out)
     if rank == 0:
         save_checkpoint(trainer.model.teacher["encoder"].state_dict(), out / "encoder.pth")
         plot_restoration(out / "restoration.png", trainer.model.eval(),
                          to_device(data.images[normals[:4]], device) / 255)
-    print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), table.csv (the images used), "
-          "log.jsonl, restoration.png")
+    print(f"in {out}: checkpoint.pth, encoder.pth (the teacher's), log.jsonl, restoration.png")
     if world > 1:
         torch.distributed.barrier()                        # wait until rank 0 has written
         torch.distributed.destroy_process_group()
 
 
-def train(trainer, images, normals, run, out, world):
+def train(trainer, images, normals, run, out):
     """The epochs that are left of a run, on images[normals]; its state is saved after each."""
     options = trainer.options
+    per_epoch = trainer.per_epoch
+    start = len(run["history"])
     centres = in_batches(texture_centre, images, normals, trainer.device).cpu().numpy()    # (n, 2)
-    per_epoch = len(normals) // options.batch_size
-    with tqdm(total=options.epochs * per_epoch, initial=run["epoch"] * per_epoch, desc="pretrain",
+    with tqdm(total=options.epochs * per_epoch, initial=start * per_epoch, desc="pretrain",
               unit="step", mininterval=1, disable=trainer.rank > 0) as bar:
-        for epoch in range(run["epoch"], options.epochs):
+        for epoch in range(start, options.epochs):
             order = np.random.default_rng((options.seed, epoch)).permutation(len(normals))
             batches = order[:per_epoch * options.batch_size].reshape(per_epoch, -1)
             sums = torch.zeros(len(trainer.metrics), device=trainer.device)
             for i, batch in enumerate(batches):
-                shard = np.array_split(np.sort(batch), world)[trainer.rank]    # (b,)
-                step = epoch * per_epoch + i
-                sums += trainer.step(images[normals[shard]], centres[shard], step, per_epoch)
+                shard = np.array_split(np.sort(batch), trainer.world)[trainer.rank]    # (b,)
+                iteration = epoch * per_epoch + i
+                sums += trainer.step(images[normals[shard]], centres[shard], iteration)
                 bar.update()
-                if i % 10 == 9 or i == per_epoch - 1:      # reading it synchronises with the GPU
+                if i % 10 == 9 or i == per_epoch - 1:      # tolist() waits for the GPU
                     loss, *_, gradient_norm = (sums / (i + 1)).tolist()
                     bar.set_postfix(loss=f"{loss:.3f}")
                     if not math.isfinite(gradient_norm):   # alike in all processes: all stop here
                         raise InputError(f"the gradient is not finite in epoch {epoch + 1}: try a "
                                          "lower --lr in another --out")
             means = (gather(sums.unsqueeze(0)).mean(0) / per_epoch).tolist()
-            run["epoch"] = epoch + 1
             run["history"].append({"epoch": epoch + 1, **dict(zip(trainer.metrics, means)),
-                                   "lr": trainer.schedules(step, per_epoch)[0]})
+                                   "lr": trainer.schedules(iteration)[0]})
             if trainer.rank == 0:
                 log = [json.dumps(record) + "\n" for record in run["history"]]
                 (out / "log.jsonl").write_text("".join(log))
-                save_checkpoint({"model": trainer.model.state_dict(), **run,
+                save_checkpoint({"config": vars(options), "epoch": epoch + 1, **run,
+                                 "model": trainer.model.state_dict(),
                                  "optimizer": trainer.optimizer.state_dict()},
                                 out / "checkpoint.pth")
 
@@ -834,29 +858,70 @@ def nan_mean(values, axis=None):
 
 
 def auroc_by_finding(scores, labels):
-    """Means over the draws where it is defined: (draws, T, F), (T, F) bool -> (F,)."""
-    areas = [[auroc(draw[:, f], labels[:, f]) for f in range(labels.shape[1])] for draw in scores]
+    """AUROC of each finding, averaged over the repeats in which it is defined.
+
+    scores (repeats, T, F), labels (T, F) bool -> (F,).
+    """
+    areas = [[auroc(repeat[:, f], labels[:, f]) for f in range(labels.shape[1])]
+             for repeat in scores]
     return nan_mean(areas, 0)
 
 
-def linear_probe(x, y, penalty=10.0):
-    """Ridge regression on standardised x [D]: (n, D), y (n, F) bool -> weight (D, F), bias (F,)."""
+class PatchMeans(nn.Module):
+    """An encoder that learns nothing: a token is the mean of its patch's pixels [D].
+
+    (B, 3, H, W) -> (B, 1 + L, 1), zero for the class token.
+    """
+
+    def __init__(self, patch_size):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, x):
+        means = patchify(x, self.patch_size).mean(2, keepdim=True)             # (B, L, 1)
+        return F.pad(means, (0, 0, 1, 0))
+
+
+def average_in_cells(tokens, cells=4):
+    """Tokens averaged in cells x cells parts of their grid [D]: (B, L, D) -> (B, D * cells ** 2).
+
+    A probe on them keeps the place, which the mean of all tokens loses. Tokens of a smaller grid,
+    and of one number (PatchMeans), are not averaged.
+    """
+    grid = unpatchify(tokens, 1)                                               # (B, D, side, side)
+    if grid.shape[1] > 1 and grid.shape[3] > cells:
+        grid = F.adaptive_avg_pool2d(grid, cells)
+    return grid.flatten(1)
+
+
+def linear_probe(x, y, penalty=None):
+    """Ridge regression on standardised x [D]: (n, D), y (n, F) bool -> weight (D, F), bias (F,).
+
+    The penalty is D / 2 by default: of 10, 100, 1,000 and 10,000 for 2,048 features, 1,000 was best
+    for AFiRe, MAE and the untrained network together, on patients held out of training.
+    """
+    penalty = x.shape[1] / 2 if penalty is None else penalty
     mean = x.mean(0)
     std = x.std(0, correction=0) + 1e-6
     z = (x - mean) / std
     y = y.to(x.dtype)
-    ridge = penalty * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(z.T @ z + ridge, z.T @ (y - y.mean(0))) / std.unsqueeze(1)
+    targets = y - y.mean(0)
+    ridge = penalty * torch.eye(min(z.shape), dtype=x.dtype)
+    if len(z) < z.shape[1]:                                # dual form, as images are fewer
+        weight = z.T @ torch.linalg.solve(z @ z.T + ridge, targets)
+    else:
+        weight = torch.linalg.solve(z.T @ z + ridge, z.T @ targets)
+    weight = weight / std.unsqueeze(1)
     return weight, y.mean(0) - mean @ weight
 
 
 def learn_from_few(learn, labels, train):
-    """Test scores (T, F) of learn(rows) for 1, 10, 100 % of train: -> {"1%": (draws, T, F)}."""
+    """Test scores (T, F) of learn(rows) for 1, 10, 100 % of train: -> {"1%": (repeats, T, F)}."""
     random = np.random.default_rng(0)
     scores = {}
-    for percent, draws in (1, 5), (10, 5), (100, 1):
+    for percent, repeats in (1, 5), (10, 5), (100, 1):
         results = []
-        for _ in range(draws):
+        for _ in range(repeats):
             rows = random.permutation(train)[:max(2, round(len(train) * percent / 100))]
             constant = labels[rows].all(0) | ~labels[rows].any(0)      # nothing can be learned
             results.append(np.where(constant, math.nan, learn(rows)))
@@ -881,33 +946,43 @@ def restoration_error(model, images):
     return error
 
 
+def prototype_score(logits, prototypes):
+    """1 - cosine between head outputs (B, L, K) and the prototypes (L, K) [D]: -> (B, L)."""
+    return 1 - F.cosine_similarity(logits, prototypes, dim=2)
+
+
+def neighbour_score(tokens, references):
+    """Mean distance to the 5 nearest reference tokens (N, L, D) of a position [D]: -> (B, L)."""
+    distance = torch.cdist(tokens.transpose(0, 1), references.transpose(0, 1))     # (L, B, N)
+    nearest = distance.topk(min(5, len(references)), largest=False).values         # (L, B, 5)
+    return nearest.mean(2).T
+
+
 @torch.no_grad()
-def anomaly_maps(images, rows, device, encoder, model=None, normals=()):
+def anomaly_maps(images, rows, device, encoder, model=None, normals=(), bar=None):
     """How abnormal the tokens of images[rows] look [D]: -> {score: (T, side, side)}, T rows.
 
-    prototype    1 - cosine between the token's head output and the prototype. With normal images
-                 at hand, the prototype is their mean, so that an untrained network has one too;
-                 without, it is the learned P
-    restoration  error of the token's pixels when it is restored from the other tokens' encodings,
-                 without its own; with normal images, standardised by position
-    neighbours   mean distance to the 5 nearest tokens of normal images, at its position
+    prototype    prototype_score. With normal images at hand, the prototype is the mean of their
+                 head outputs, so that an untrained network has one too; else, the learned P
+    restoration  restoration_error; with normal images, standardised by position
+    neighbours   neighbour_score
 
     images (n, 1, S, S) uint8; model: an AFiRe, which the first two scores need; normals: rows of
-    normal images, which the third one needs.
+    normal images, which the third one needs; bar: as of in_batches.
     """
     names = []
     if model:
         names += ["prototype", "restoration"]
         prototypes = model.prototypes.prototypes                               # (L, K)
-        mean = 0                                           # of the restoration error
-        std = 1
+        mean = 0                                           # the error is not standardised
+        std = 1                                            # without normal images
     if len(normals):
         names += ["neighbours"]
-        references = in_batches(lambda x: features(encoder, x), images, normals, device)
+        references = in_batches(lambda x: features(encoder, x), images, normals, device, bar)
     if model and len(normals):
         logits = [model.teacher["head"](part) for part in references.split(64)]    # it is wide
         prototypes = torch.cat(logits).mean(0)
-        errors = in_batches(lambda x: restoration_error(model, x), images, normals, device)
+        errors = in_batches(lambda x: restoration_error(model, x), images, normals, device, bar)
         mean = errors.mean(0)                                                  # (L,)
         std = errors.std(0, correction=0) + 1e-6
 
@@ -915,16 +990,13 @@ def anomaly_maps(images, rows, device, encoder, model=None, normals=()):
         tokens = features(encoder, x)                                          # (B, L, D)
         scores = []
         if model:
-            logits = model.teacher["head"](tokens)                             # (B, L, K)
-            scores += [1 - F.cosine_similarity(logits, prototypes, dim=2),
+            scores += [prototype_score(model.teacher["head"](tokens), prototypes),
                        (restoration_error(model, x) - mean) / std]
         if len(normals):
-            distance = torch.cdist(tokens.transpose(0, 1), references.transpose(0, 1))
-            nearest = distance.topk(min(5, len(normals)), largest=False).values    # (L, B, 5)
-            scores += [nearest.mean(2).T]
+            scores += [neighbour_score(tokens, references)]
         return torch.stack(scores, 1)                                          # (B, scores, L)
 
-    maps = in_batches(score, images, rows, device)                             # (T, scores, L)
+    maps = in_batches(score, images, rows, device, bar)                        # (T, scores, L)
     side = math.isqrt(maps.shape[2])
     grids = maps.unflatten(2, (side, side)).cpu().numpy()
     return {name: grids[:, i] for i, name in enumerate(names)}
@@ -942,10 +1014,25 @@ def pixel_scores(maps, masks):
     maps (T, side, side), masks (T, S, S) bool -> scores and labels, both (T, pixels).
     """
     step = max(1, masks.shape[1] // 56)
-    labels = masks[:, step // 2::step, step // 2::step]                        # (T, 56, 56)
+    labels = torch.from_numpy(masks[:, step // 2::step, step // 2::step])      # (T, 56, 56)
     grids = torch.from_numpy(maps).unsqueeze(1)
-    grids = F.interpolate(grids, labels.shape[1:], mode="bilinear").numpy()    # (T, 1, 56, 56)
-    return grids.reshape(len(maps), -1), labels.reshape(len(maps), -1)
+    grids = F.interpolate(grids, labels.shape[1:], mode="bilinear")            # (T, 1, 56, 56)
+    return grids.flatten(1).numpy(), labels.flatten(1).numpy()
+
+
+def masks_of_test(data):
+    """Which test images are measured by pixel, (T,) bool, and their masks, (m, S, S) bool.
+
+    Those are normal images, in which nothing is inside a mask, and abnormal ones with a mask. Where
+    no abnormal image has one, none is measured.
+    """
+    abnormal = data.labels[data.test].any(1)                                   # (T,)
+    has_mask = abnormal & np.isin(data.test, list(data.masks))
+    measured = (~abnormal | has_mask) & has_mask.any()
+    masks = np.zeros((measured.sum(), *data.images.shape[2:]), bool)
+    for mask, row in zip(masks, data.test[measured]):
+        mask[:] = data.masks.get(row, False)
+    return measured, masks
 
 
 def normal_references(data, limit=1000):
@@ -954,24 +1041,23 @@ def normal_references(data, limit=1000):
     return random.permutation(data.normal(data.train))[:limit]         # bounds time and memory
 
 
-def evaluate_network(encoder, model, data, normals, device):
+def evaluate_network(encoder, model, data, measured, masks, normals, device, bar=None):
     """All metrics of a network: -> report for metrics.json, arrays for predictions.npz.
 
-    model: the AFiRe of the encoder, or None; data: Radiographs; normals as in anomaly_maps.
+    model: the AFiRe of the encoder, or None; data: Radiographs; measured, masks: as by
+    masks_of_test; normals, bar: as of anomaly_maps.
     """
     truth = data.labels[data.test]                                             # (T, F)
     report = {"linear": {}, "anomaly": {}}
     arrays = {}
 
-    # Few labels: a linear probe on the mean token [D].
-    used = data.used()
-    x = torch.zeros(len(data.images), encoder.sizes[3])                        # (n, D)
-    x[used] = in_batches(lambda images: features(encoder, images).mean(1), data.images, used,
-                         device).cpu()
+    # Few labels: a linear probe [D], on features of half precision, as there are many.
+    pooled = in_batches(lambda images: average_in_cells(features(encoder, images)).half(),
+                        data.images, np.arange(len(data.images)), device, bar).cpu()   # (n, 16 D)
 
     def probe(rows):
-        weight, bias = linear_probe(x[rows], torch.from_numpy(data.labels[rows]))
-        return (x[data.test] @ weight + bias).numpy()                          # (T, F)
+        weight, bias = linear_probe(pooled[rows].float(), torch.from_numpy(data.labels[rows]))
+        return (pooled[data.test].float() @ weight + bias).numpy()             # (T, F)
 
     for fraction, scores in learn_from_few(probe, data.labels, data.train).items():
         by_finding = auroc_by_finding(scores, truth)
@@ -981,58 +1067,95 @@ def evaluate_network(encoder, model, data, normals, device):
         arrays[f"linear {fraction}"] = scores
 
     # Anomalies, by comparison with normal images.
-    maps = anomaly_maps(data.images, data.test, device, encoder, model, normals)
+    maps = anomaly_maps(data.images, data.test, device, encoder, model, normals, bar)
     for score, grids in maps.items():
-        pixels, inside = pixel_scores(grids, data.masks[data.test])
+        pixels, inside = pixel_scores(grids[measured], masks)
         report["anomaly"][score] = {
             "image_auroc": auroc(image_scores(grids), truth.any(1)),
             "pixel_auroc": auroc(pixels.ravel(), inside.ravel())}
     return report, arrays | maps
 
 
-def print_table(report, labels):
-    """A row for every AUROC of metrics.json, or why it is undefined; labels (T, F) of the test."""
-    def rows(network):
-        for fraction, metrics in network["linear"].items():
-            areas = np.array(list(metrics["per_finding"].values()))
-            defined = (~np.isnan(areas)).sum()
-            note = f"{defined} of {len(areas)} findings" if defined < len(areas) else ""
-            yield f"linear probe, {fraction} of the labels", metrics["macro_auroc"], note
-        for level in "image", "pixel":
-            for score, metrics in network["anomaly"].items():
-                area = metrics[f"{level}_auroc"]
-                unknown = level == "pixel" and math.isnan(area)
-                note = "no masks of findings" if unknown else ""
-                yield f"abnormal {level}s by {score}", area, note
+def print_table(report):
+    """A row for each AUROC of metrics.json, a column for each network, and why some are missing."""
+    trained = report["checkpoint"]
+    known = {level: not math.isnan(trained["anomaly"]["neighbours"][f"{level}_auroc"])
+             for level in ("image", "pixel")}
+    rows = [(f"linear probe, {fraction} of the labels", "linear", fraction, "macro_auroc")
+            for fraction in trained["linear"]]
+    rows += [(f"abnormal {level}s by {score}", "anomaly", score, f"{level}_auroc")
+             for level in known if known[level] for score in trained["anomaly"]]
+    print(f"{'AUROC':36}{'trained':>11}{'untrained':>11}{'pixels':>11}")
+    for title, part, key, figure in rows:
+        areas = [network[part].get(key, {}).get(figure, math.nan) for network in report.values()]
+        print(f"{title:36}" + "".join(f"{area:11.3f}" for area in areas).replace("nan", "  -"))
+    for fraction, metrics in trained["linear"].items():
+        areas = np.array(list(metrics["per_finding"].values()))
+        if np.isnan(areas).any():
+            print(f"{fraction}: the mean of {(~np.isnan(areas)).sum()} of {len(areas)} findings; "
+                  "the others are in all or none of the images to learn from or to test on")
+    if not known["image"]:
+        print("abnormal images and pixels: undefined, as no image in test is abnormal")
+    elif not known["pixel"]:
+        print("abnormal pixels: undefined, as no abnormal image in test has a mask")
 
-    print(f"{'AUROC':36}{'trained':>9}{'untrained':>11}")
-    both = zip(rows(report["checkpoint"]), rows(report["random_init"]))
-    for (name, trained, note), (_, untrained, _) in both:
-        numbers = f"{trained:9.3f}{untrained:11.3f}" if not math.isnan(trained) else "undefined:"
-        note = note if labels.any() else "no abnormal image in test"
-        print(f"{name:36}{numbers}   {note}".rstrip())
 
+def write_maps(out, data, maps, seen):
+    """maps.npz, scores.csv and anomaly.png of the test images, the most abnormal first.
 
-def write_scores(file, data, maps, seen):
-    """scores.csv, the most abnormal image first by the first score: -> order of the test images.
-
-    maps {score: (T, side, side)} of data.test; seen (n,) bool: images of the pre-training.
+    maps {score: (T, side, side)}, of which the first score counts; seen (n,) bool: images of the
+    pre-training.
     """
     scores = np.stack([image_scores(grids) for grids in maps.values()], 1)     # (T, scores)
     order = np.argsort(-scores[:, 0], kind="stable")
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    rows = data.test[order]
+    scores = scores[order]
+    maps = {name: grids[order] for name, grids in maps.items()}
+    np.savez_compressed(out / "maps.npz", images=np.array(data.names)[rows],
+                        **{name: grids.astype(np.float16) for name, grids in maps.items()})
+    with open(out / "scores.csv", "w", newline="", encoding="utf-8",
+              errors="surrogateescape") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["image", "findings", "pretrained_on", *maps])
-        for row, values in zip(data.test[order], scores[order]):
+        for row, values in zip(rows, scores.round(4)):
             pretrained_on = "yes" if seen[row] else "no"
-            writer.writerow([data.names[row], data.findings_of(row), pretrained_on,
-                             *values.round(4)])
-    return order
+            writer.writerow([data.names[row], data.findings_of(row), pretrained_on, *values])
+    captions = [f"{data.names[row][-36:]}\n{data.findings_of(row)[:36] or 'no known finding'}\n"
+                f"{[*maps][0]} {value:.3f}" for row, value in zip(rows[:5], scores[:, 0])]
+    plot_images(out / "anomaly.png", {"image": data.images[rows[:5], 0]},
+                {name: grids[:5] for name, grids in maps.items()}, captions,
+                [data.masks.get(row) for row in rows[:5]])
 
 
-def results_folder(path, run):
-    """Where results of a checkpoint go: to its run, or to runs/PARENT-STEM for an encoder alone."""
-    return path.parent if run else Path("runs", f"{path.resolve().parent.name}-{path.stem}")
+def results_folder(path, run, name):
+    """RUN/name for the checkpoint of a run, name-FILE beside the file of an encoder alone."""
+    path = path.resolve()                                  # of a link, its target's
+    return Path(os.path.relpath(path.parent), name if run else f"{name}-{path.name}")
+
+
+def grey_levels(chosen, run, path):
+    """-> the grey levels that an encoder is evaluated on, and why these."""
+    if chosen:
+        return chosen, "--levels"
+    if run:
+        return run.levels, "as in its pre-training"
+    file = path.with_name("config.json")                   # perhaps another program's
+    config = file.read_text(errors="replace") if file.is_file() else ""
+    found = re.search(r'"levels": "(file|equal)"', config)
+    if found:
+        return found[1], f"as in {file}"
+    return "file", "a guess: choose --levels as in its pre-training"
+
+
+def without_pretrained(data, seen):
+    """Rows of data.test without patients of whom an image was pre-trained on; seen (n,) bool."""
+    patients = np.array(data.patients)
+    known = np.isin(patients[data.test], patients[seen])                       # (T,)
+    if known.any():
+        images = seen[data.test].sum()
+        print(f"{images} test images left out, as pre-training has seen them, and "
+              f"{known.sum() - images} others of the patients it has seen")
+    return data.test[~known]
 
 
 def evaluate(options):
@@ -1042,57 +1165,71 @@ def evaluate(options):
     """
     device = get_device(options.device)
     path = find_checkpoint(options.ckpt)
-    models, run, trained_on = load_models(path, options.img_size)
+    models, run, trained_on = load_models(path)
     for encoder, model in models.values():
         (model or encoder).to(device).eval().requires_grad_(False)
     encoder, model = models["checkpoint"]
-    levels = run.levels if run else "file"
+    levels, origin = grey_levels(options.levels, run, path)
+    print(f"{path}: images of {encoder.config['img_size']} px; grey levels: {levels} ({origin})")
+    # By default, the run's own data
     source = run if run and not options.data else options
-    data = load_radiographs(source.data, encoder.sizes[0], labels=options.labels or source.labels,
-                            levels=levels)
+    labels = options.labels or source.labels
+    data = load_radiographs(source.data, encoder.config["img_size"], labels=labels, levels=levels,
+                            all_normal=not labels)
+    if source is run:
+        missing = set(run.images).difference(data.hashes)
+        if missing:
+            raise InputError(f"{len(missing)} of the {len(run.images)} images that {path} was "
+                             f"pre-trained on are not in {source.data}: name the set with --data")
     seen = np.isin(data.hashes, trained_on)                                    # (n,)
-    out = Path(options.out or results_folder(path, run) / "eval")
+    out = Path(options.out or results_folder(path, run, "eval"))
     out.mkdir(parents=True, exist_ok=True)
     report = {}
     if data.findings:
-        if seen[data.test].any():
-            print(f"{seen[data.test].sum()} test images left out, as pre-training has seen them")
-        data.test = data.test[~seen[data.test]]
+        data.test = without_pretrained(data, seen)
         normals = normal_references(data)
         tested = len(data.normal(data.test))
         if min(len(normals), tested) < 2:
             raise InputError(f"--data {source.data} has {len(normals)} normal images in train and "
                              f"{tested} in test: two of each are needed")
+        measured, masks = masks_of_test(data)
+        if masks.any() and not measured.all():
+            print(f"{(~measured).sum()} abnormal test images have no mask: not counted by pixel")
         arrays = {"images": np.array(data.names)[data.test],
                   "patients": np.array(data.patients)[data.test],
-                  "findings": np.array(data.findings),
-                  "labels": data.labels[data.test], "masks": data.masks[data.test]}
-        for name, pair in models.items():
-            report[name], results = evaluate_network(*pair, data, normals, device)
-            arrays |= {f"{name}/{key}": array for key, array in results.items()}
+                  "findings": np.array(data.findings), "labels": data.labels[data.test],
+                  "measured": measured, "masks": masks}
+        models["pixels"] = (PatchMeans(encoder.config["patch_size"]), None)
+        # restoration_error, of an AFiRe, needs a second pass over the normal images.
+        images = sum(len(data.images) + len(data.test) + len(normals) * (2 if pair[1] else 1)
+                     for pair in models.values())
+        with tqdm(total=images, desc="evaluate", unit="image", mininterval=1) as bar:
+            for name, pair in models.items():
+                report[name], results = evaluate_network(*pair, data, measured, masks, normals,
+                                                         device, bar)
+                arrays |= {f"{name}/{key}": array for key, array in results.items()}
         maps = {score: arrays[f"checkpoint/{score}"] for score in report["checkpoint"]["anomaly"]}
     elif model:
         print("no findings are known: all images are scored, without metrics")
         data.test = data.used()
-        maps = anomaly_maps(data.images, data.test, device, encoder, model)
+        with tqdm(total=len(data.test), desc="evaluate", unit="image", mininterval=1) as bar:
+            maps = anomaly_maps(data.images, data.test, device, encoder, model, bar=bar)
     else:
-        raise InputError(f"{path} is an encoder alone: it needs findings, so give --labels")
+        raise InputError(f"{path}: an encoder alone can only be evaluated with findings: give "
+                         "--labels")
 
-    for name in "metrics.json", "predictions.npz", "scores.csv", "anomaly.png":
+    for name in "metrics.json", "predictions.npz", "scores.csv", "maps.npz", "anomaly.png":
         (out / name).unlink(missing_ok=True)               # of an earlier evaluation
-    order = write_scores(out / "scores.csv", data, maps, seen)
-    plot_images(out / "anomaly.png", {
-        "image": data.images[data.test[order[:5]], 0],
-        **{score: grids[order[:5]] for score, grids in maps.items()}})
+    write_maps(out, data, maps, seen)
     if report:
         np.savez_compressed(out / "predictions.npz", **arrays)
         metrics = json.loads(json.dumps(report), parse_constant=lambda _: None)        # NaN: null
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        print_table(report, arrays["labels"])
+        print_table(report)
     if not model:
-        print("prototype and restoration are left out: they need AFiRe's head and decoder, at the "
-              f"image size of the run; grey levels: {levels} (a run's folder brings its own)")
-    print(f"in {out}: scores.csv, anomaly.png{', metrics.json, predictions.npz' if report else ''}")
+        print("prototype and restoration are left out: they need AFiRe's head and decoder")
+    print(f"in {out}: maps.npz (the map of every image), scores.csv, anomaly.png"
+          f"{', metrics.json, predictions.npz' if report else ''}")
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -1135,15 +1272,18 @@ def read_checkpoint(path):
 
 
 def model_of_run(checkpoint, path):
-    """-> AFiRe with the weights of a run's checkpoint, and the run's PretrainOptions."""
+    """-> AFiRe with the weights of a run's checkpoint, and the run's options and images."""
     try:
-        options = PretrainOptions(**checkpoint["config"])
+        options = argparse.Namespace(**checkpoint["config"], images=checkpoint["images"])
         model = build_model(options)
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path} is not of a run of this version of afire.py: name another --out, "
-                         "or give eval --ckpt or pretrain --init the run's encoder, "
-                         f"{find_checkpoint(path).with_name('encoder.pth')}") from error
+        if (checkpoint["config"].keys() != vars(parse_arguments(["pretrain"])).keys()
+                or not {"history", "earlier_images", "optimizer"} <= checkpoint.keys()):
+            raise KeyError("other options, or a part that resume needs")
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        encoder = find_checkpoint(path).with_name("encoder.pth")
+        raise InputError(f"{path} was written by another version of afire.py; its encoder still "
+                         f"works: --ckpt or --init {encoder}") from error
     return model, options
 
 
@@ -1155,25 +1295,25 @@ def trained_images(checkpoint, path):
     return hashes
 
 
-def load_models(path, img_size=None):
+def load_models(path):
     """-> {"checkpoint": (ViT, AFiRe), "random_init": (ViT, AFiRe)}, options, hashes of its images.
 
-    AFiRe and the PretrainOptions are None for an encoder alone, AFiRe also at another img_size.
+    AFiRe and the options of the run are None for an encoder alone.
     """
     checkpoint = read_checkpoint(path)
     hashes = trained_images(checkpoint, path)
-    run = None
     if "history" in checkpoint:
         trained, run = model_of_run(checkpoint, path)
-        if img_size in (None, run.img_size):
-            both = {"checkpoint": trained, "random_init": build_model(run)}
-            models = {name: (model.teacher["encoder"], model) for name, model in both.items()}
-            return models, run, hashes
-    encoder = load_encoder(path, img_size, checkpoint)
-    if encoder.sizes[2] != 3:
-        raise InputError(f"{path} takes {encoder.sizes[2]} channels: use an encoder of 3 channels")
+        both = {"checkpoint": trained, "random_init": build_model(run)}
+        models = {name: (model.teacher["encoder"], model) for name, model in both.items()}
+        return models, run, hashes
+    encoder = load_encoder(path, checkpoint=checkpoint)
+    channels = encoder.config["in_chans"]
+    if channels != 3:
+        raise InputError(f"{path} takes {channels} channels: use an encoder of 3 channels")
     torch.manual_seed(0)
-    return {"checkpoint": (encoder, None), "random_init": (ViT(*encoder.sizes), None)}, run, hashes
+    untrained = ViT(**encoder.config)
+    return {"checkpoint": (encoder, None), "random_init": (untrained, None)}, None, hashes
 
 
 def load_encoder(path, img_size=None, checkpoint=None):
@@ -1184,6 +1324,8 @@ def load_encoder(path, img_size=None, checkpoint=None):
     """
     first = "patch_embed.proj.weight"
     state = checkpoint or read_checkpoint(path)
+    arch = state["config"].get("arch") if isinstance(state.get("config"), dict) else None
+    known = ARCHITECTURES.get(arch, {}).get("num_heads")   # a run of ours says it
     for key in "teacher", "model", "state_dict":
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -1200,11 +1342,11 @@ def load_encoder(path, img_size=None, checkpoint=None):
     try:
         dim, in_chans, _, patch_size = state[first].shape
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        heads = min(16, max(1, dim // 64))     # not stored: 64 channels each, at most 16
+        heads = known or min(16, max(1, dim // 64))        # assumed: 64 channels each, at most 16
         positions = state["pos_embed"]                                 # (1, 1 + L, D)
         size = img_size or math.isqrt(positions.shape[1] - 1) * patch_size
         if size % patch_size:
-            raise InputError(f"--img-size {size} must be a multiple of the patch, {patch_size}")
+            raise InputError(f"{path}: {size} px are not a multiple of the patch, {patch_size} px")
         vit = ViT(size, patch_size, in_chans, dim, depth, heads)
         unknown = [key for key in state if key not in vit.state_dict()
                    and not key.startswith(("head", "decoder", "mask_token"))]
@@ -1217,11 +1359,11 @@ def load_encoder(path, img_size=None, checkpoint=None):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds no complete ViT: {error}") from error
     print(f"{path}: took the encoder {prefix or 'without a prefix'}, a ViT of width {dim}, {depth} "
-          f"blocks, {heads} heads (assumed)")
+          f"blocks, {heads} heads{'' if known else ' (assumed)'}")
     return vit
 
 
-# ---- Data: files and tables ----------------------------------------------------------------------
+# ---- Data: a folder and the table that says everything about it ----------------------------------
 
 @dataclasses.dataclass
 class Radiographs:
@@ -1234,8 +1376,7 @@ class Radiographs:
     hashes: list                  # n, of the files' bytes: an image is known by its content
     train: np.ndarray             # rows to train on. Unusable and equal files have a row, but are
     test: np.ndarray              # neither in train nor among those held out, in test
-    masks: np.ndarray             # (n, S, S) bool, where the findings are; (n, 1, 1) if unknown
-    split_by: str = "given"       # or "fixed fifth"
+    masks: dict                   # row of test: (S, S) bool, where its findings are, if known
 
     def used(self):
         """Rows of train and test, sorted."""
@@ -1250,271 +1391,231 @@ class Radiographs:
         return "|".join(np.array(self.findings)[self.labels[row]])
 
 
-def read_image(path, size, levels="file"):
-    """A file as a viewer shows it, resized to a square: -> (size, size) uint8.
+def read_image(file, size, levels="file"):
+    """A PNG or JPEG file (a path or a stream) as a viewer shows it: -> (size, size) uint8.
 
     More than 8 bits are scaled between the 0.5 and the 99.5 percentile, as a burned-in marker is
     brighter than the rest. levels "equal": the histogram is equalised, as in MIMIC-CXR-JPG.
     """
-    with Image.open(path, formats=["PNG", "JPEG"]) as file:
-        if file.mode[0] not in "IF" and "16" in str(file.tile[0][3]):
+    with Image.open(file, formats=["PNG", "JPEG"]) as image:
+        if image.mode[0] not in "IF" and "16" in str(image.tile[0][3]):
             raise ValueError("16 bits in colour")          # Pillow would drop the lower 8
-        file.draft("L", (size * 3 // 2, size * 3 // 2))    # a large JPEG at half size or less
-        image = ImageOps.exif_transpose(file)
+        image.draft("L", (size * 3 // 2, size * 3 // 2))   # a large JPEG at half size or less
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         pixels = np.asarray(image, np.float32)
         low, high = np.percentile(pixels, [0.5, 99.5])
         pixels = (pixels - low) * (255 / max(high - low, 1e-6))
         image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     image = TF.resize(image.convert("L"), [size, size])
-    return np.asarray(TF.equalize(image) if levels == "equal" else image)
+    return np.array(TF.equalize(image) if levels == "equal" else image)
+
+
+def read_mask(file, image, size):
+    """The mask of an image, both paths: -> (size, size) bool, True where most of it is white."""
+    try:
+        with Image.open(file) as mask, Image.open(image) as film:
+            ImageOps.exif_transpose(mask, in_place=True)
+            if film.format == "JPEG" or "exif" in film.info:   # else Pillow decodes all of a PNG
+                ImageOps.exif_transpose(film, in_place=True)
+            levels = np.asarray(mask.convert("L"))
+            if mask.size != film.size or 0 < levels.max() < 128:
+                raise ValueError(f"its {mask.size} pixels, levels up to {levels.max()}, must be "
+                                 f"{film.size}, white (255) where the findings are")
+    except Exception as error:                             # a decoder can raise anything
+        raise InputError(f"the mask {file} of {image} cannot be used: {error}") from error
+    return np.asarray(Image.fromarray(levels).resize((size, size), Image.Resampling.BOX)) > 127
+
+
+def find_files(folder, *suffixes):
+    """Paths below a folder, with /, of files that have one of the suffixes and are not hidden.
+
+    The folder of a run is passed over: its pictures are not radiographs.
+    """
+    hidden = (".", "@", "$", "__MACOSX")
+    names = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if "checkpoint.pth" in files:
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(hidden)]
+        names += [os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+                  for name in files
+                  if name.lower().endswith(suffixes) and not name.startswith(hidden)]
+    return names
+
+
+def read_folder(folder, all_normal):
+    """Rows as of read_table: all images are normal and to train on.
+
+    Without all_normal, a folder in which there may be anything else is refused.
+    """
+    names = find_files(folder, ".png", ".jpg", ".jpeg")
+    dicom = find_files(folder, ".dcm", ".dicom")
+    doubtful = [name for name in names if re.search(r"(?i)[/\\]|mask", name)]
+    if (dicom or doubtful) and not all_normal:
+        command = f"dicom {folder} --images PNG_FOLDER" if dicom else f"folders {folder}"
+        raise InputError(f"--data {folder} has {min(dicom or doubtful)}: if all of them are "
+                         "normal, add --all-normal; else what they mean belongs in a table: python "
+                         f"data/make_table.py {command} > labels.csv")
+    return {name: {"findings": set(), "patient": "", "split": "train"} for name in names}
+
+
+def read_table(file, folder):
+    """A table as data/make_table.py writes it: -> {image: the cells of its row}, findings a set.
+
+    Rows without a split are left out. InputError, with the remedy, for anything else.
+    """
+    remedy = f"python data/make_table.py table {file} --data {folder} > labels.csv"
+
+    def wrong(problem):
+        return InputError(f"{file}{problem}: {remedy}")
+
+    table = {}
+    line = 0
+    content = Path(file).read_bytes()
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        titles = list(reader.fieldnames or ())
+        if any(titles.count(title) != 1 for title in ("image", "findings", "patient", "split")):
+            raise wrong(", line 1: it needs the columns image, findings, patient, split, once each")
+        for row in reader:
+            line = reader.line_num
+            if (None in row or None in row.values() or not row["image"] or row["image"] in table
+                    or row["split"] not in ("train", "test", "")):
+                raise wrong(f", line {line}: it needs {len(titles)} cells, an image that has no "
+                            "other row, and train, test or nothing as split")
+            row["findings"] = set(row["findings"].split("|")) if row["findings"] else set()
+            for name in sorted(row["findings"]):
+                if name != name.strip() or re.search(
+                        r"(?i)[,;]|^((normal|no[ _-]?finding|healthy)s?)?$", name):
+                    raise wrong(f", line {line}: {name!r} is no finding: they are joined "
+                                "by |, and a normal image has none")
+            table[row["image"]] = row
+    except UnicodeDecodeError as error:
+        raise wrong(f", line {content[:error.start].count(10) + 1}: not UTF-8") from error
+    except csv.Error as error:
+        raise wrong(f", after line {line}: {error} (is a quote not closed?)") from error
+
+    missing = [name for name in table if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise wrong(f": {len(missing)} rows have no file below {folder}, the first is {missing[0]}")
+    others = set(find_files(folder, ".png", ".jpg", ".jpeg")).difference(table)
+    used = {name: row for name, row in table.items() if row["split"]}
+    if not used:
+        raise wrong(": no row has train or test as split")
+    print(f"{file}: {len(used)} images; left out: {len(table) - len(used)} rows without a split, "
+          f"{len(others)} files without a row")
+    train, test = [{row["patient"] for row in used.values() if row["split"] == split} - {""}
+                   for split in ("train", "test")]
+    if train & test:
+        raise wrong(f": {len(train & test)} patients are in train and in test, the first is "
+                    f"{min(train & test)}")
+    return used
+
+
+def decode(path, size, levels):
+    """-> hash of a file (16 hexadecimal digits), its image (size, size) uint8, why it is unusable.
+
+    An unusable file has an empty hash, a usable one an empty reason.
+    """
+    try:
+        content = Path(path).read_bytes()
+        image = read_image(io.BytesIO(content), size, levels)
+        if image.min() < image.max():
+            return hashlib.sha256(content).hexdigest()[:16], image, ""
+        reason = "blank"
+    except Exception as error:                             # a decoder can raise anything
+        reason = f"unreadable, {error if isinstance(error, ValueError) else type(error).__name__}"
+    return "", np.zeros((size, size), np.uint8), reason
 
 
 def decode_files(paths, size, levels, cache):
-    """Decodes files once: -> images (n, 1, S, S) uint8, hashes (n), {row: why it is unusable}.
+    """Decodes files once: -> images (n, 1, S, S) uint8, hashes (n), the cache that has both.
 
-    The cache is a memory-mapped file of n records, shared by all runs. A record whose checksum is
-    wrong is decoded again: after a failure, a power cut, or while another process is writing it.
+    Under torchrun the first process of a machine decodes, and the others wait for it. A kill or a
+    full disk leaves no cache, as it gets its name when it is complete.
     """
-    if not paths:
-        return np.empty((0, 1, size, size), np.uint8), [], {}
-    versions = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    versions = []
+    for path in paths:
+        status = os.stat(path, follow_symlinks=os.path.exists(path))   # a broken link has its own
+        versions.append((path, status.st_size, status.st_mtime_ns))
     rules = inspect.getsource(read_image)                  # whoever edits it gets a new cache
     key = hashlib.sha256(repr((rules, size, levels, versions)).encode()).hexdigest()[:16]
     file = Path(cache or "runs/cache", f"{key}.images")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size)), ("checksum", "<u4")])
-    try:
-        file.touch()
-        with open(file, "r+b") as stream:
-            if hasattr(os, "posix_fallocate"):             # a full disk fails here, not by SIGBUS
-                os.posix_fallocate(stream.fileno(), 0, len(paths) * layout.itemsize)
-            stream.truncate(len(paths) * layout.itemsize)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from error
-    records = np.memmap(file, layout, "r+", shape=(len(paths),))
-    hashes = [""] * len(paths)
-    unusable = {}
-
-    def decode(row):
-        record = records[row]                              # a view
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs at once write their own
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not file.exists():
         try:
-            if record["checksum"] != zlib.crc32(record.tobytes()[:-4]):
-                record["image"] = read_image(paths[row], size, levels)
-                record["hash"] = hashlib.sha256(paths[row].read_bytes()).hexdigest()[:16]
-                record["checksum"] = zlib.crc32(record.tobytes()[:-4])
-            hashes[row] = record["hash"].decode()
-            if record["image"].min() == record["image"].max():
-                unusable[row] = "blank, of one grey level"
-        except Exception as error:                         # a decoder can raise anything
-            known = isinstance(error, ValueError)          # other errors name the file
-            unusable[row] = f"unreadable ({error if known else type(error).__name__})"
-
-    rows = np.random.default_rng(os.getpid()).permutation(len(paths))  # processes share the work
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(decode, rows), "decode", len(rows), delay=1))
-    records.flush()
-    return records["image"], hashes, unusable
-
-
-def find_files(folder, passed_over):
-    """Sorted names of the PNG and JPEG files below a folder; passed_over {reason: names} grows."""
-    names = []
-    for path in Path(folder).rglob("*"):                   # does not enter links to folders
-        name = path.relative_to(folder).as_posix()
-        suffix = path.suffix.lower()
-        if path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK):
-            continue
-        if re.search(r"(^|/)([.@$]|__MACOSX)", name):
-            passed_over["hidden or of the system"].append(name)
-        elif path.is_dir():
-            passed_over["links to folders, or folders without access"].append(name)
-        elif suffix in (".dcm", ".dicom"):
-            passed_over["DICOM: convert it with data/make_table.py"].append(name)
-        elif suffix not in (".png", ".jpg", ".jpeg"):
-            passed_over[f"{suffix or 'no suffix'}, not PNG or JPEG"].append(name)
-        elif not (path.is_file() and os.access(path, os.R_OK)):
-            passed_over["broken links or without access"].append(name)
-        else:
-            names.append(name)
-    return sorted(names)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as stream, concurrent.futures.ThreadPoolExecutor() as pool:
+                files = pool.map(lambda path: decode(path, size, levels), paths)
+                for content_hash, image, _ in tqdm(files, "decode", len(paths), delay=1):
+                    stream.write(content_hash.encode().ljust(16, b"\0") + image.tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(file)
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    layout = np.dtype([("hash", "S16"), ("image", np.uint8, (1, size, size))])
+    records = np.memmap(file, layout, "r")
+    return records["image"], records["hash"].astype(str).tolist(), file
 
 
-def is_normal(name):
-    """Does a finding or a folder of this name mean that there is none? As in data/make_table.py."""
-    name = name.strip().lower()
-    return re.fullmatch(r"((normal|no[ _-]?finding|healthy)s?)?", name) is not None
-
-
-def speaks(folder):
-    """Does the name of a folder say something about findings, or about the split?"""
-    words = re.sub(r"[\W\d_]+", " ", folder.lower()).strip()
-    part = r"^(train|test|val)|\b(train(ing|set)?|test(ing|set|s)?|val(id|idation)?)\b"
-    return bool(re.search(rf"{part}|\b(normal|no ?finding|healthy)s?\b", words))
-
-
-def read_folders(names, data, passed_over):
-    """Findings and split by folders' names, if nothing must be guessed: -> table as of read_table.
-
-    Images are normal if no folder speaks. CLASS/... or train/CLASS/... and test/CLASS/... is read,
-    as by torchvision's ImageFolder, if one class means normal; val/... is left out. Any other
-    folder that speaks raises an InputError.
-    """
-    masks = [name for name in names if "mask" in name.lower().rpartition("/")[0]]
-    passed_over["in folders whose name contains mask"] = masks
-    folders = {name: name.lower().replace("_", " ").split("/")[:-1]
-               for name in sorted(set(names).difference(masks))}
-    speaking = {folder for parents in folders.values() for folder in parents if speaks(folder)}
-    if not speaking:
-        shown = sorted({Path(name).parent.name for name in folders} - {""})[:5]
-        print("no folder is called after findings or a split, so all images count as normal: "
-              f"{', '.join(shown) or data}")
-        return {name: (set(), name, "") for name in folders}
-
-    tops = {parents[0] if parents else "" for parents in folders.values()}
-    has_split = {"train", "test"} <= tops <= {"train", "test", "val"}
-    table = {}
-    classes = set()
-    below = set()
-    for name, parents in folders.items():
-        split = parents.pop(0) if has_split else ""
-        if split == "val":
-            passed_over["of a validation split"].append(name)
-        elif not parents or not parents[0].strip():
-            passed_over["beside the class folders"].append(name)
-        else:
-            classes.add(parents[0])
-            below.update(parents[1:])
-            table[name] = (set() if is_normal(parents[0]) else {parents[0]}, name, split)
-    normal = {name for name in classes if is_normal(name)}
-    if len(normal) != 1 or any(speaks(name) for name in classes - normal | below):
-        raise InputError(f"{data} has folders called {', '.join(sorted(speaking)[:5])}, in no "
-                         "layout that is read: what they mean belongs in a table: python "
-                         f"data/make_table.py folders {data} > labels.csv")
-    return table
-
-
-def read_table(file):
-    """CSV -> {image: (set of findings, patient, split)}; the patient is the image if not known."""
-    content = Path(file).read_bytes()
-    line = 1                                               # the first one of a row
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""),
-                                skipinitialspace=True, strict=True)
-        titles = [title.strip().lower() for title in reader.fieldnames or ()]
-        known = [title for title in titles if title in ("image", "findings", "patient", "split")]
-        if not {"image", "findings"} <= set(known) or len(set(known)) < len(known):
-            raise InputError(f"{file}, line 1: expected the columns image and findings, with "
-                             f"commas, once each, not {titles}")
-        ignored = [title or "without a title" for title in titles
-                   if title not in (*known, "split_by")]               # ours, for people to read
-        if ignored:
-            print(f"{file}: ignored columns: {', '.join(ignored)}")
-        reader.fieldnames = titles
-        table = {}
-        line = reader.line_num + 1
-        for row in reader:
-            cells = {title: cell.strip() for title, cell in row.items() if title in known and cell}
-            name = cells.get("image", "")
-            split = cells.get("split", "")
-            if any(row.pop(None, [])) or None in row.values() or split not in ("", "train", "test"):
-                raise InputError(f"{file}, line {line}: expected {len(titles)} cells, and train, "
-                                 f"test or nothing as split, not {split!r}")
-            findings = {finding.strip().lower() for finding in cells.get("findings", "").split("|")
-                        if not is_normal(finding)}
-            value = (findings, cells.get("patient") or name, split)
-            if any(cells.values()) and table.setdefault(name, value) != value:
-                raise InputError(f"{file}, line {line}: conflicting rows for {name}: keep one")
-            line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise InputError(f"{file}, line {line}: not UTF-8: save the table as UTF-8") from error
-    except csv.Error as error:
-        raise InputError(f"{file}, line {line}: {error}: is a quote not closed?") from error
-    return table
-
-
-def write_table(file, data):
-    """The images used, as a table that --labels takes; its last column says who made the split."""
-    test = set(data.test)
-    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["image", "findings", "patient", "split", "split_by"])
-        for row in data.used():
-            patient = data.patients[row] if data.patients[row] != data.names[row] else ""
-            split = "test" if row in test else "train"
-            writer.writerow([data.names[row], data.findings_of(row), patient, split, data.split_by])
-
-
-def split_patients(table, passed_over):
-    """-> {name: train or test}; "given", or "fixed fifth" (of the patients, as test)."""
-    tested = {patient for _, patient, split in table.values() if split == "test"}
-    given = any(split for _, _, split in table.values())
-    splits = {}
-    for name, (_, patient, split) in table.items():
-        if not given:
-            splits[name] = "test" if zlib.crc32(os.fsencode(patient)) % 1000 < 200 else "train"
-        elif not split:
-            passed_over["without a split"].append(name)
-        elif split == "train" and patient in tested:
-            passed_over["in train, of patients in test"].append(name)
-        else:
-            splits[name] = split
-    return splits, "given" if given else "fixed fifth"
-
-
-def load_radiographs(data, img_size, *, labels=None, levels="file", cache=None):
-    """Radiographs of a folder, with the findings of a CSV or of folders; without both, phantoms."""
+def load_radiographs(data, img_size, *, labels=None, levels="file", all_normal=False,
+                     with_masks=True, cache=None):
+    """Radiographs of a folder, as its table says; all normal without one; phantoms without both."""
     if not data and not labels:
         print("without --data: 2,500 phantoms, a fifth of them held out")
         return phantom_radiographs(img_size)
     if not data or not Path(data).is_dir():
         raise InputError(f"--data {data} is no folder: name the one that holds the images")
-    passed_over = collections.defaultdict(list)            # reason: names
-    files = find_files(data, passed_over)
-    if labels:
-        rows = read_table(labels)
-        table = {name: rows[name] for name in files if name in rows}
-        passed_over[f"without a row in {labels}"] = [name for name in files if name not in rows]
-        missing = rows.keys() - table.keys()
-        if missing:
-            print(f"{labels}: {len(missing)} rows without a file (first: {min(missing)})")
-    else:
-        table = read_folders(files, data, passed_over)
-    splits, split_by = split_patients(table, passed_over)
-    names = list(splits)
-    images, hashes, unusable = decode_files([Path(data, name).absolute() for name in names],
-                                            img_size, levels, cache)
+    table = read_table(labels, data) if labels else read_folder(data, all_normal)
+    if not table:
+        raise InputError(f"--data {data} has no PNG or JPEG file to use; DICOM becomes PNG by "
+                         f"python data/make_table.py dicom {data} --images FOLDER > labels.csv")
+    names = sorted(table)
+    rows = [table[name] for name in names]
+    paths = [os.path.abspath(os.path.join(data, name)) for name in names]
+    images, hashes, file = decode_files(paths, img_size, levels, cache)
 
-    present = [table[name][0] for name in names]           # a set of findings for each image
     first = {}                                             # row of a content
-    for row, name in enumerate(names):
-        if row in unusable:
-            passed_over[unusable[row]].append(name)
-        elif first.setdefault(hashes[row], row) != row:
-            passed_over["equal to another image"].append(name)
-            present[first[hashes[row]]] |= present[row]    # the first has the findings of all
+    for i, content_hash in enumerate(hashes):
+        if content_hash and first.setdefault(content_hash, i) != i:
+            rows[first[content_hash]]["findings"] |= rows[i]["findings"]       # those of all
     used = np.array(list(first.values()), int)
-    reasons = [f"{len(group)} {reason} (first: {min(group)})"
-               for reason, group in sorted(passed_over.items()) if group]
+    skipped = np.setdiff1d(np.arange(len(names)), used)
+    if len(skipped):
+        i = skipped[0]
+        reason = decode(paths[i], img_size, levels)[2]
+        if hashes[i]:
+            reason = f"equal to {names[first[hashes[i]]]}"
+        print(f"skipped: {len(skipped)} files, unreadable, blank or equal to another; the first is "
+              f"{names[i]} ({reason}); to try them again, delete {file}")
     if not len(used):
-        raise InputError(f"--data {data} has no image to use: give PNG or JPEG files, and --labels "
-                         f"paths below it; passed over: {'; '.join(reasons) or 'nothing'}")
-    findings = sorted(set().union(*[present[row] for row in used]))
-    truth = np.array([[name in found for name in findings] for found in present], bool)
-    patients = [table[name][1] for name in names]
-    unknown = sum(patients[row] == names[row] for row in used)
-    held_out = np.array([splits[names[row]] == "test" for row in used])
-
-    for reason in reasons:
-        print(f"passed over: {reason}")
-    print(f"{data}: {len(used)} images, {(~truth[used].any(1)).sum()} of them normal; findings: "
-          f"{', '.join(findings) or 'none known'}")
-    note = f"; {unknown} images without one count as one each (--labels can name them)"
-    print(f"{len({patients[row] for row in used})} patients{note if unknown else ''}")
-    print(f"{(~held_out).sum()} images to train on, {held_out.sum()} held out (split: {split_by})")
-    return Radiographs(names, images, truth, findings, patients, hashes, used[~held_out],
-                       used[held_out], np.zeros((len(names), 1, 1), bool), split_by)
+        raise InputError(f"--data {data} has no image that can be used: see the line above")
+    findings = sorted(set().union(*[rows[i]["findings"] for i in used]))
+    truth = np.array([[name in row["findings"] for name in findings] for row in rows], bool)
+    patients = [row["patient"] or name for row, name in zip(rows, names)]
+    test = np.array([rows[i]["split"] == "test" for i in used])
+    masks = {}
+    for i in used[test]:
+        if rows[i].get("mask") and with_masks:
+            masks[i] = read_mask(os.path.join(data, rows[i]["mask"]), paths[i], img_size)
+            if masks[i].any() and not rows[i]["findings"]:
+                raise InputError(f"{labels}: {names[i]} has no finding, but its mask is "
+                                 "white somewhere: correct one of them")
+    print(f"{data}: {len(used)} images of {len({patients[i] for i in used})} patients, "
+          f"{(~truth[used].any(1)).sum()} without findings; {(~test).sum()} to train on, "
+          f"{test.sum()} held out; findings: {', '.join(findings) or 'none'}")
+    unknown = sum(not rows[i]["patient"] for i in used)
+    if unknown:
+        print(f"patient unknown for {unknown} images: each counts as a patient of its own")
+    return Radiographs(names, images, truth, findings, patients, hashes, used[~test], used[test],
+                       masks)
 
 
 # ---- Phantoms ------------------------------------------------------------------------------------
@@ -1589,23 +1690,53 @@ def phantom_radiographs(size):
     """2,500 phantoms of seed 0, of which the last fifth is held out: -> Radiographs."""
     images, labels, masks, findings = phantoms(2500, size)
     names = [f"phantom {i}" for i in range(len(images))]
+    abnormal = np.flatnonzero(labels.any(1))
     return Radiographs(names, images, labels, findings, names, names, np.arange(2000),
-                       np.arange(2000, 2500), masks.any(1))
+                       np.arange(2000, 2500), {row: masks[row].any(0) for row in abnormal})
 
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-def plot_images(file, columns):
-    """A column for each title: {title: (n, S, S)}; in colour if S is below the first column's."""
-    n, _, size = next(iter(columns.values())).shape
-    figure = Figure(figsize=(1.9 * len(columns), 1.9 * n + 0.3), layout="constrained")
-    axes = figure.subplots(n, len(columns), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+def plot_images(file, columns, maps=None, captions=(), masks=()):
+    """A column of images for each title, {title: (n, S, S)}, then one for each map over the first.
+
+    maps {score: (n, side, side)} are transparent where they are low; captions: n texts on the
+    images of the first column; masks: n arrays (S, S) bool, which are outlined, or None.
+    """
+    maps = maps or {}
+    films = next(iter(columns.values()))                                       # (n, S, S)
+    n, height, width = films.shape
+    scales = [0.05] if maps else []                        # a row below for the scales of the maps
+    figure = Figure(figsize=(2.2 * len(columns | maps), 2.2 * n + 0.5), layout="constrained")
+    axes = figure.subplots(n + len(scales), len(columns | maps), squeeze=False,
+                           height_ratios=[1] * n + scales)
+    for axis in axes[:n].flat:
+        axis.set(xticks=[], yticks=[])
+    extent = (0, width, height, 0)                         # in pixels of the image
     for column, (title, images) in zip(axes.T, columns.items()):
         column[0].set_title(title)
-        is_map = images.shape[-1] < size
         for axis, image in zip(column, images):
-            axis.imshow(image, "magma" if is_map else "gray", vmin=images.min(), vmax=images.max(),
-                        interpolation="bilinear" if is_map else None)
+            axis.imshow(image, "gray", vmin=images.min(), vmax=images.max(), extent=extent)
+        for axis in column[n:]:
+            axis.axis("off")
+    for column, (score, grids) in zip(axes.T[len(columns):], maps.items()):
+        column[0].set_title(score)
+        low, high = np.quantile(grids, [0.5, 1])
+        for axis, film, grid in zip(column, films, grids):
+            opacity = ((grid - low) / max(high - low, 1e-6)).clip(0, 0.7)
+            axis.imshow(film, "gray", vmin=films.min(), vmax=films.max(), extent=extent)
+            overlay = axis.imshow(grid, "inferno", vmin=low, vmax=high, alpha=opacity,
+                                  interpolation="bilinear", extent=extent)
+        figure.colorbar(overlay, cax=column[n], orientation="horizontal")
+    for row, caption, mask in zip(axes, captions, masks):
+        text = caption.encode(errors="replace").decode()   # file names may have any bytes, and $
+        row[0].text(0.02, 0.98, text, transform=row[0].transAxes, verticalalignment="top",
+                    fontsize=7, color="white", backgroundcolor="#000000a0", parse_math=False,
+                    in_layout=False)
+        for axis in row:
+            if mask is not None:
+                axis.contour(mask, [0.5], colors="cyan", linewidths=0.8, origin="upper",
+                             extent=extent)
     figure.savefig(file, dpi=100)
 
 
@@ -1621,7 +1752,7 @@ def plot_restoration(file, model, normal):
                         model.patch_size)                                      # (B, 1, H, W) bool
     columns = {"x": normal, "x' = x + M": lesioned,
                "hidden tokens": lesioned.masked_fill(hidden, 0),
-               "hidden restored": torch.where(hidden, restored, lesioned)}
+               "x', hidden patches restored": torch.where(hidden, restored, lesioned)}
     plot_images(file, {title: images[:, 0].cpu().numpy() for title, images in columns.items()})
 
 
@@ -1631,21 +1762,23 @@ def main(argv=None):
     """python afire.py pretrain | eval: bad input ends in one sentence and status 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may have any bytes
-    options = None
+    options = parse_arguments(argv)
     try:
         rank, _ = processes()
         if rank > 0:
             sys.stdout = open(os.devnull, "w", errors="replace")   # only the first process prints
-        options = parse_arguments(argv)
-        if isinstance(options, PretrainOptions):
+        if options.command == "pretrain":
             pretrain(options)
         elif rank == 0:                                    # one process is enough under torchrun
             evaluate(options)
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"afire.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"afire.py: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        resumes = isinstance(options, PretrainOptions)
+        resumes = options.command == "pretrain"
         print("\nstopped" + ": the same command resumes after the last whole epoch" * resumes)
         sys.exit(130)
 

@@ -1,204 +1,253 @@
 #!/usr/bin/env python3
 """Do anomaly maps, and Grad-CAM of a classifier, point at what radiologists drew boxes around?
 
-    python results/boxes.py --ckpt runs/afire --data nih/images --labels labels.csv \\
-        --boxes boxes.csv [--out FOLDER]
+    python results/boxes.py --ckpt runs/afire --data nih/images --labels labels.csv [--out FOLDER]
 
-boxes.csv has the columns image (a path below --data), finding, x, y, w, h, in pixels of the image
-before it is resized, of PNG or JPEG files. Prints a table and writes boxes.json and boxes.png.
+labels.csv is a table as of data/make_table.py, with masks. The classifier of any finding or none, a
+probe on the mean token or an encoder that is fine-tuned from it, learns from the labels of the
+images in train alone. The probe's AUROC is by cross-validation over the patients in train, overall
+and within each view if the table has a column view.
+
+A map is compared with the mask of its image by the AUROC of pixels, mean over the images in test
+that have a mask (95 % interval by a bootstrap over patients). As findings are more frequent at some
+places, a static map that is the same for all patients is above .5 too. Hence three columns:
+
+    own map           AUROC of the image's own map
+    mean map          AUROC of the mean map of the other patients
+    own minus others  AUROC of the own map, minus the mean of those of the other patients' maps
+
+and two rows: the distance to the image's centre, and the mean mask of the other patients.
+"Grad-CAM less normals" is Grad-CAM less its mean over normal images, as tokens differ more by
+position than by finding. Writes boxes.npz, which has these values for each image, and boxes.png.
 """
 
 import argparse
 import csv
 import dataclasses
-import json
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from finetune import finetune  # noqa: E402
+from finetune import finetune, probe, score_rows  # noqa: E402
+from lesions import exit_on_bad_input  # noqa: E402
 
-
-def read_boxes(file, data, folder):
-    """Masks of the pixels that the boxes of an image touch: -> {name: mask (S, S) bool}.
-
-    data: Radiographs of the folder, of which those in train or test count. Images that their boxes
-    fill are left out: nothing to locate.
-    """
-    size = data.images.shape[-1]
-    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-        boxes = list(csv.DictReader(stream))
-    if not boxes or not {"image", "finding", "x", "y", "w", "h"} <= boxes[0].keys():
-        raise afire.InputError(f"{file} needs the columns image, finding, x, y, w, h, and a box")
-    names = {data.names[row] for row in data.used()}
-    present = [box for box in boxes if box["image"] in names]
-    print(f"{file}: {len(boxes)} boxes, {len(boxes) - len(present)} of them in no image of the set")
-    if not present:
-        raise afire.InputError(f"{file} has no box in an image of {folder}: its column image needs "
-                               "paths below that folder")
-    masks = {}
-    for box in present:
-        name = box["image"]
-        with Image.open(Path(folder, name)) as image:
-            width, height = ImageOps.exif_transpose(image).size
-        try:
-            x, y, w, h = [float(box[column]) for column in ("x", "y", "w", "h")]
-        except (TypeError, ValueError) as error:
-            raise afire.InputError(f"{file}: {name} needs numbers as x, y, w, h") from error
-        # Boxes of a scaled image are rounded, hence half a pixel.
-        if not (0 <= x < x + w <= width + 0.5 and 0 <= y < y + h <= height + 0.5):
-            raise afire.InputError(
-                f"{file}: a box of {w:g} x {h:g} pixels at ({x:g}, {y:g}) does not fit in {name}, "
-                f"which is {width} x {height}: scale the boxes to the images")
-        mask = masks.setdefault(name, np.zeros((size, size), bool))
-        mask[math.floor(y * size / height):math.ceil((y + h) * size / height),
-             math.floor(x * size / width):math.ceil((x + w) * size / width)] = True
-    return {name: mask for name, mask in masks.items() if not mask.all()}
+CELLS = 1                  # Grad-CAM weighs channels alike at all positions, so the probe does too
+FOLDS = 3
 
 
 def grad_cam(encoder, weight, images):
     """Token-wise Grad-CAM on the last block [P], not yet clamped: (B, 1, S, S) -> (B, side, side).
 
-    It explains the score mean token @ weight, weight (D,).
+    It explains the score average_in_cells(tokens, cells) @ weight, weight (D * cells ** 2,).
     """
+    cells = round((len(weight) / encoder.config["embed_dim"]) ** 0.5)
     outputs = []
 
     def keep(blocks, inputs, output):
         outputs.append(output.requires_grad_())
 
     with torch.enable_grad(), encoder.blocks.register_forward_hook(keep):
-        scores = afire.features(encoder, images).mean(1) @ weight              # (B,)
+        cell_means = afire.average_in_cells(afire.features(encoder, images), cells)
+        scores = cell_means @ weight                                           # (B,)
         gradient = torch.autograd.grad(scores.sum(), outputs)[0][:, 1:]        # (B, L, D)
     activation = outputs[0][:, 1:].detach()                                    # (B, L, D)
     cam = (activation * gradient.mean(1, keepdim=True)).sum(2, keepdim=True)   # (B, L, 1)
     return afire.unpatchify(cam, 1).squeeze(1)
 
 
-def maps_of_network(encoder, model, data, normals, rows, device, steps=100):
-    """All maps of images[rows]: -> {score: (T, side, side)}. Grad-CAM learns from data.train."""
-    def cams_of(network, weight):
-        def in_batches(part):
-            return afire.in_batches(lambda images: grad_cam(network, weight, images),
-                                    data.images, part, device)
+def cross_validated(encoder, data, device):
+    """Scores of data.train by probes that have learned from other patients: -> (n,)."""
+    _, patient = np.unique(np.array(data.patients)[data.train], return_inverse=True)   # (n,)
+    fold = np.random.default_rng(0).permutation(patient.max() + 1)[patient] % FOLDS
+    scores = np.zeros(len(fold))
+    for i in range(FOLDS):
+        layer = probe(encoder, data, data.train[fold != i], device, CELLS)
+        scores[fold == i] = score_rows(encoder, layer, data, data.train[fold == i], device)[:, 0]
+    return scores
 
-        # Tokens differ more by position than by finding: the normal images' mean is subtracted [D].
-        return (in_batches(rows) - in_batches(normals).mean(0)).clamp_min(0).cpu().numpy()
 
-    maps = afire.anomaly_maps(data.images, rows, device, encoder, model, normals)
-    x = afire.in_batches(lambda images: afire.features(encoder, images).mean(1), data.images,
-                         data.train, device).cpu()
-    any_finding = dataclasses.replace(data, labels=data.labels.any(1, keepdims=True),
-                                      findings=["any"])
-    weight, _ = afire.linear_probe(x, torch.from_numpy(any_finding.labels[data.train]))    # (D, 1)
-    maps["Grad-CAM, probe"] = cams_of(encoder, weight[:, 0].to(device))
-    tuned, layer = finetune(encoder, any_finding, data.train, steps, device)
-    maps["Grad-CAM, tuned"] = cams_of(tuned, layer.weight[0])
+def grad_cams(encoder, data, normals, device, steps, bar=None):
+    """Of a probe and a fine-tuned classifier: -> {score: maps (T, side, side) of data.test}.
+
+    Both learn from data.train, of one finding; normals: rows of normal images; bar: as of finetune.
+    """
+    classifiers = {"probe": (encoder, probe(encoder, data, data.train, device, CELLS)),
+                   "tuned": finetune(encoder, data, data.train, steps, device, CELLS, bar)}
+    maps = {}
+    for name, (network, layer) in classifiers.items():
+        plain, of_normals = [afire.in_batches(
+            lambda images: grad_cam(network, layer.weight[0], images), data.images, rows,
+            device).cpu().numpy() for rows in (data.test, normals)]
+        maps[f"Grad-CAM, {name}"] = plain.clip(0)
+        maps[f"Grad-CAM less normals, {name}"] = (plain - of_normals.mean(0)).clip(0)
     return maps
 
 
-def best_dice(scores, truth):
-    """Dice at the threshold where it is highest: scores (n,), truth (n,) bool -> float."""
-    _, rank = np.unique(-scores, return_inverse=True)      # 0 is the highest score
-    predicted = np.bincount(rank).cumsum()                 # positives at each threshold
-    true_positives = np.bincount(rank, truth).cumsum()
-    return float((2 * true_positives / (predicted + truth.sum())).max())
+def areas(maps, masks):
+    """AUROC of the pixels of each map in each mask: (N, S, S), (T, S, S) bool -> (N, T)."""
+    inside = masks.reshape(len(masks), -1).astype(float)                       # (T, pixels)
+    n = inside.sum(1)                                                          # (T,)
+    ranks = []
+    for pixels in maps.reshape(len(maps), -1):
+        _, level, counts = np.unique(pixels, return_inverse=True, return_counts=True)
+        mean_rank = counts.cumsum() - (counts - 1) / 2     # of equal pixels; the lowest rank is 1
+        ranks.append(mean_rank[level])
+    pairs = np.stack(ranks) @ inside.T - n * (n + 1) / 2   # a pixel inside above one outside
+    return pairs / (n * (inside.shape[1] - n))
 
 
-def localisation(grids, masks, patients, resamples=1000):
-    """How well maps (T, side, side) locate masks (T, S, S): -> {measure: mean and interval}.
-
-    AUROC over the pixels of an image, Dice at the image's best threshold, and the pointing game:
-    is the maximum in a box? Means over images; the bootstrap is over patients (T,).
-    """
-    grids = torch.from_numpy(grids).unsqueeze(1)                               # (T, 1, side, side)
-    maps = F.interpolate(grids, masks.shape[1:], mode="bilinear").numpy()      # (T, 1, S, S)
-    values = {"AUROC": [], "Dice": [], "pointing": []}
-    for scores, mask in zip(maps.reshape(len(maps), -1), masks.reshape(len(masks), -1)):
-        values["AUROC"].append(afire.auroc(scores, mask))
-        values["Dice"].append(best_dice(scores, mask))
-        values["pointing"].append(mask[scores.argmax()])
-    _, person = np.unique(patients, return_inverse=True)
-    images_of = np.bincount(person)
-    drawn = np.random.default_rng(0).integers(len(images_of), size=(resamples, len(images_of)))
-    report = {}
-    for measure, by_image in values.items():
-        means = np.bincount(person, by_image)[drawn].sum(1) / images_of[drawn].sum(1)
-        report[measure] = {"mean": float(np.mean(by_image)),
-                           "ci95": np.quantile(means, [0.025, 0.975]).tolist()}
-    return report
+def mean_of_others(maps, patients):
+    """For each image, the mean map of the other patients: (T, S, S), (T,) -> (T, S, S)."""
+    other = patients[:, None] != patients                                      # (T, T)
+    return np.tensordot(other.astype(float), maps, 1) / other.sum(1).reshape(-1, 1, 1)
 
 
-def plot_boxes(file, images, masks, maps):
-    """Images (n, S, S) with masks (n, S, S) outlined in white, beside their maps."""
-    outside = F.max_pool2d(torch.from_numpy(~masks).float(), 3, stride=1, padding=1).numpy() > 0
-    afire.plot_images(file, {"image": np.where(masks & outside, 255, images), **maps})
-    Image.open(file).convert("RGB").save(file)
+def localise(grids, masks, patients):
+    """How well maps (T, side, side) locate masks (T, S, S) bool: -> {column: (T,)}."""
+    maps = F.interpolate(torch.from_numpy(grids).unsqueeze(1), masks.shape[1:], mode="bilinear")
+    maps = maps.squeeze(1).numpy()                                             # (T, S, S)
+    area = areas(maps, masks)                                                  # (T maps, T masks)
+    other = patients[:, None] != patients
+    of_others = (area * other).sum(0) / other.sum(0)                           # (T,)
+    mean_map = areas(mean_of_others(maps, patients), masks).diagonal()
+    return {"own map": area.diagonal(), "mean map": mean_map,
+            "own minus others": area.diagonal() - of_others}
+
+
+def static_priors(masks, patients):
+    """AUROC of maps that do not depend on the image: masks (T, S, S) bool -> {prior: (T,)}."""
+    place = np.arange(masks.shape[1]) - (masks.shape[1] - 1) / 2
+    nearness = -np.hypot(place[:, None], place)                                # (S, S)
+    mean_mask = mean_of_others(masks.astype(float), patients)
+    return {"nearness to the centre": areas(nearness[None], masks)[0],
+            "mean mask": areas(mean_mask, masks).diagonal()}
+
+
+def with_interval(values, patients, resamples=1000):
+    """The mean of values (T,) and its 95 % interval, by a bootstrap over patients: -> (3,)."""
+    _, patient = np.unique(patients, return_inverse=True)
+    images = np.bincount(patient)
+    sums = np.bincount(patient, values)
+    sample = np.random.default_rng(0).integers(len(images), size=(resamples, len(images)))
+    means = sums[sample].sum(1) / images[sample].sum(1)
+    return np.array([values.mean(), *np.quantile(means, [0.025, 0.975])])
+
+
+def views_of(file, names):
+    """The column view of a table for these names, empty where it has none: -> (n,)."""
+    with open(file, newline="", encoding="utf-8-sig") as stream:
+        views = {row["image"]: row.get("view", "") for row in csv.DictReader(stream)}
+    return np.array([views[name] for name in names])
+
+
+def print_classifier(title, scores, truth, views):
+    """AUROC of scores (n,) of images with truth (n,) bool, overall and within each view."""
+    parts = {"overall": np.full(len(views), True)}
+    parts |= {view: views == view for view in np.unique(views) if view}
+    cells = [f"{name} {afire.auroc(scores[part], truth[part]):.3f}" for name, part in parts.items()]
+    print(f"{title:42}{'  '.join(cells)}")
+
+
+def print_rows(rows, patients):
+    """A line for each map, rows {map: {column: (T,)}}: means and intervals over patients (T,)."""
+    titles = [f"{column:27}" for column in ("own map", "mean map", "own minus others")]
+    print(f"{'AUROC of pixels, mean of images':42}{''.join(titles)}")
+    for row, columns in rows.items():
+        cells = []
+        for column, values in columns.items():
+            form = "+.3f" if column == "own minus others" else ".3f"
+            mean, low, high = with_interval(values, patients)
+            cells.append(f"{f'{mean:{form}} ({low:{form}} to {high:{form}})':27}")
+        print(f"{row:42}{''.join(cells)}".rstrip())
+
+
+def read_images(options, levels, size, trained_on):
+    """-> Radiographs whose test images have a mask, rows of normal images, masks (T, S, S) bool."""
+    data = afire.load_radiographs(options.data, size, labels=options.labels, levels=levels)
+    useful = [row for row, mask in data.masks.items() if mask.any() and not mask.all()]
+    data.test = data.test[np.isin(data.test, useful)]
+    print(f"{len(useful)} images in test have a mask; left out: {len(data.masks) - len(useful)} "
+          "images whose mask is empty or full")
+    data.test = afire.without_pretrained(data, np.isin(data.hashes, trained_on))
+    normals = afire.normal_references(data)
+    patients = len({data.patients[row] for row in data.test})
+    abnormal = data.labels[data.train].any(1).sum()
+    if patients < 2 or min(len(normals), abnormal) < FOLDS:
+        raise afire.InputError(f"{options.labels} has masks of {patients} new patients in test, "
+                               f"{len(normals)} normal and {abnormal} other images in train: at "
+                               f"least 2 patients and {FOLDS} images of each kind are needed; "
+                               "python data/make_table.py nih --help says how to get masks")
+    return data, normals, np.stack([data.masks[row] for row in data.test])
 
 
 def evaluate(options):
-    """Tests on images with a box, of patients that neither pre-training nor the probe has seen."""
+    """Prints the tables of a checkpoint, and writes boxes.npz and boxes.png."""
     device = afire.get_device("auto")
     path = afire.find_checkpoint(options.ckpt)
     models, run, trained_on = afire.load_models(path)
-    size = models["checkpoint"][0].sizes[0]
-    data = afire.load_radiographs(options.data, size, labels=options.labels,
-                                  levels=run.levels if run else "file")
-    masks = read_boxes(options.boxes, data, options.data)
+    levels, _ = afire.grey_levels(None, run, path)
+    config = models["checkpoint"][0].config
+    data, normals, masks = read_images(options, levels, config["img_size"], trained_on)
+    names = np.array(data.names)
     patients = np.array(data.patients)
-    used = data.used()
-    boxed = used[np.isin(np.array(data.names)[used], list(masks))]
-    seen = used[np.isin(np.array(data.hashes)[used], trained_on)]
-    data.train = data.train[~np.isin(patients[data.train], patients[boxed])]
-    data.test = boxed[~np.isin(patients[boxed], patients[seen])]               # (T,)
-    normals = afire.normal_references(data)
-    abnormal = data.labels[data.train].any(1)
-    print(f"testing on {len(data.test)} images of {len(set(patients[data.test]))} patients; "
-          f"{len(boxed) - len(data.test)} left out, as pre-training has seen these patients")
-    if not len(data.test) or len(normals) < 2 or not abnormal.any():
-        raise afire.InputError(f"{len(data.test)} images to test on, {len(normals)} normal and "
-                               f"{abnormal.sum()} other images to learn from: all are needed")
-
-    truth = np.stack([masks[data.names[row]] for row in data.test])            # (T, S, S)
-    out = Path(options.out or afire.results_folder(path, run) / "boxes")
+    any_finding = dataclasses.replace(data, labels=data.labels.any(1, keepdims=True),
+                                      findings=["any"])
+    truth = any_finding.labels[data.train, 0]                                  # (n,)
+    views = views_of(options.labels, names[data.train])
+    arrays = {"images": names[data.test], "patients": patients[data.test],
+              "train/images": names[data.train], "train/patients": patients[data.train],
+              "train/labels": truth, "train/views": views}
+    rows = {f"static/{prior}": {"own map": values}
+            for prior, values in static_priors(masks, patients[data.test]).items()}
+    pixels = afire.PatchMeans(config["patch_size"])
+    maps = afire.anomaly_maps(data.images, data.test, device, pixels, None, normals)
+    rows["pixels/neighbours"] = localise(maps["neighbours"], masks, patients[data.test])
+    shown = {}
+    print(f"AUROC of the probe for any finding, on {FOLDS} folds of the patients of train")
+    with tqdm(total=len(models) * options.steps, desc="fine-tune", unit="step",
+              mininterval=1) as bar:
+        for name, (encoder, model) in models.items():
+            (model or encoder).to(device).eval().requires_grad_(False)
+            scores = cross_validated(encoder, any_finding, device)
+            print_classifier(f"{name}/probe", scores, truth, views)
+            arrays[f"train/{name}/probe"] = scores
+            maps = afire.anomaly_maps(data.images, data.test, device, encoder, model, normals)
+            maps |= grad_cams(encoder, any_finding, normals, device, options.steps, bar)
+            rows |= {f"{name}/{score}": localise(grids, masks, patients[data.test])
+                     for score, grids in maps.items()}
+            if name == "checkpoint":
+                shown = {score.replace(" less", "\nless"): grids[:5]
+                         for score, grids in maps.items() if not score.startswith("Grad-CAM, ")}
+    print_rows(rows, patients[data.test])
+    arrays |= {f"{row}/{column}": values for row, columns in rows.items()
+               for column, values in columns.items()}
+    out = Path(options.out or afire.results_folder(path, run, "boxes"))
     out.mkdir(parents=True, exist_ok=True)
-    report = {}
-    print(f"{'mean (95 % interval)':31}{'AUROC':24}{'Dice':24}pointing game")
-    for name, (encoder, model) in models.items():
-        (model or encoder).to(device).eval().requires_grad_(False)
-        maps = maps_of_network(encoder, model, data, normals, data.test, device)
-        report[name] = {}
-        for score, grids in maps.items():
-            report[name][score] = localisation(grids, truth, patients[data.test])
-            cells = ["{:.3f} ({:.3f} to {:.3f})  ".format(metric["mean"], *metric["ci95"])
-                     for metric in report[name][score].values()]
-            print(f"{score:17}{name:14}{''.join(cells)}")
-        if name == "checkpoint":
-            plot_boxes(out / "boxes.png", data.images[data.test[:5], 0], truth[:5],
-                       {score: grids[:5] for score, grids in maps.items()})
-    (out / "boxes.json").write_text(json.dumps(report, indent=2))
-    print(f"in {out}: boxes.json, boxes.png")
+    np.savez_compressed(out / "boxes.npz", **arrays)
+    captions = [f"{names[row][-36:]}\n{data.findings_of(row)}" for row in data.test[:5]]
+    afire.plot_images(out / "boxes.png", {"image": data.images[data.test[:5], 0]}, shown, captions,
+                      masks[:5])
+    print(f"in {out}: boxes.npz (the values of each image), boxes.png")
 
 
 def main(argv=None):
-    """Bad input ends in one sentence and status 2."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", default="runs/afire", help="folder of a run, or an encoder")
     parser.add_argument("--data", required=True, help="folder of radiographs")
-    parser.add_argument("--labels", help="CSV, as for afire.py")
-    parser.add_argument("--boxes", required=True, help="CSV: image, finding, x, y, w, h")
-    parser.add_argument("--out", help="folder for the results; else boxes in the run's folder")
-    try:
-        evaluate(parser.parse_args(argv))
-    except (afire.InputError, OSError) as error:
-        print(f"boxes.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    parser.add_argument("--labels", required=True, help="CSV, as for afire.py, with masks")
+    parser.add_argument("--steps", type=afire.number(int, 1), default=100,
+                        help="of fine-tuning (default: 100)")
+    parser.add_argument("--out", help="folder for the results; default: boxes in the run's folder")
+    options = parser.parse_args(argv)
+    with exit_on_bad_input("boxes.py"):
+        evaluate(options)
 
 
 if __name__ == "__main__":

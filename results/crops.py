@@ -3,9 +3,12 @@
 
     python results/crops.py pretrain --out runs/crops ...
 
-The options are those of afire.py. Resume such a run with this script.
+The other options are those of `afire.py pretrain`; resume such a run with this script. A crop has
+no lesion mask: no token is abnormal, and L_cate is 0. Compare such a run with one of lesions
+without L_cate, by `afire.py pretrain --category-weight 0`.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -23,8 +26,8 @@ def crop(images, generator=None, centre=None, offset=0):
     The arguments are those of synthetic_lesion_mask; centre is not used. Returns crops and mask,
     shaped like images (B, 1, S, S). The mask is empty: no token is abnormal, and L_cate is 0.
     """
-    draws = torch.rand(offset + len(images), 4, generator=generator)[offset:]
-    side, angle, x, y = draws.to(images.device).unbind(1)                      # (B,) each
+    uniform = torch.rand(offset + len(images), 4, generator=generator)[offset:]
+    side, angle, x, y = uniform.to(images.device).unbind(1)                    # all (B,)
     side = 0.5 + 0.35 * side
     angle = math.radians(10) * (2 * angle - 1)
     cos = side * angle.cos()
@@ -38,6 +41,23 @@ def crop(images, generator=None, centre=None, offset=0):
     return crops, torch.zeros_like(images)
 
 
+def main(argv=None):
+    """afire.main with crops in the place of lesions."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog="other options: python afire.py pretrain --help")
+    parser.add_argument("command", choices=["pretrain"])
+    _, others = parser.parse_known_args(argv)
+    afire_pretrain = afire.pretrain
+
+    def pretrain(options):
+        options.method = "crops"
+        afire.synthetic_lesion_mask = crop
+        afire_pretrain(options)
+
+    afire.pretrain = pretrain
+    afire.main(["pretrain", *others])
+
+
 if __name__ == "__main__":
-    afire.synthetic_lesion_mask = crop
-    afire.main()
+    main()

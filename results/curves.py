@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draws the curves of pre-training, finished or not, from log.jsonl and config.json.
+"""Plots the curves of pre-training, finished or not, from log.jsonl and config.json.
 
-    python results/curves.py runs/afire [runs/mae ...] [--out curves.png]
+    python results/curves.py runs/afire [runs/mae ...] [--out FILE]
 
 The three losses, before they are weighted, the learning rate and the gradient's norm, a colour a
 run. Dashed lines say what a loss is worth: L_stru is log K if every token gives all K clusters the
@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
+from lesions import exit_on_bad_input  # noqa: E402
 
 PANELS = {"structure": "L_stru", "category": "L_cate", "restoration": "L_rest",
           "lr": "learning rate", "gradient_norm": "norm of the gradient"}
@@ -37,7 +38,14 @@ def read_log(folder):
     if not file.is_file():
         raise afire.InputError(f"there is no {file}: name the folder of a run that has finished an "
                                "epoch")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if all({"epoch", *PANELS} <= record.keys() for record in records) and records:
+            return records
+    except (AttributeError, ValueError):
+        pass
+    raise afire.InputError(f"{file} is empty, cut off or no log of afire.py: the run writes it "
+                           "anew after its next epoch; or leave this run out")
 
 
 def pixel_variance(images, rows):
@@ -53,9 +61,9 @@ def pixel_variance(images, rows):
 
 def training_variance(folder, config):
     """pixel_variance of the images that the run was trained on; InputError if not at hand."""
-    trained_on = afire.read_checkpoint(folder)["images"]
+    trained_on = afire.read_checkpoint(folder).get("images")
     data = afire.load_radiographs(config["data"], config["img_size"], labels=config["labels"],
-                                  levels=config["levels"])
+                                  levels=config["levels"], all_normal=not config["labels"])
     normals = data.normal(data.train)
     if [data.hashes[row] for row in normals] != trained_on:
         raise afire.InputError("the normal images to train on are others than those of the run")
@@ -64,9 +72,16 @@ def training_variance(folder, config):
 
 def reference_lines(folder):
     """What the losses are where nothing is learned: -> {loss: value}."""
-    config = json.loads((folder / "config.json").read_text())
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        architecture = afire.ARCHITECTURES[config["arch"]]
+        config = {name: config[name] for name in ("data", "img_size", "labels", "levels")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise afire.InputError(f"{file} is cut off or of no run of afire.py: the command that "
+                               "started the run writes it anew") from error
     default = inspect.signature(afire.AFiRe).parameters["out_dim"].default
-    clusters = afire.ARCHITECTURES[config["arch"]].get("out_dim", default)
+    clusters = architecture.get("out_dim", default)
     lines = {"structure": math.log(clusters), "category": math.log(2)}
     try:
         lines["restoration"] = training_variance(folder, config)
@@ -99,19 +114,17 @@ def plot_curves(file, logs, lines):
 
 
 def main(argv=None):
-    """Bad input ends in one sentence and status 2."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of afire.py pretrain")
-    parser.add_argument("--out", default="curves.png", help="the picture")
+    parser.add_argument("--out", help="the picture; default: curves.png in the first run's folder")
     options = parser.parse_args(argv)
-    try:
+    out = options.out or options.runs[0] / "curves.png"
+    with exit_on_bad_input("curves.py"):
         logs = {str(folder): read_log(folder) for folder in options.runs}
         lines = {str(folder): reference_lines(folder) for folder in options.runs}
-        plot_curves(options.out, logs, lines)
-    except (afire.InputError, OSError) as error:
-        print(f"curves.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"in {options.out}: {len(logs)} runs")
+        plot_curves(out, logs, lines)
+        print(f"in {out}: {len(logs)} runs")
 
 
 if __name__ == "__main__":

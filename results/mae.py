@@ -3,12 +3,13 @@
 
     python results/mae.py pretrain --epochs 103 --out runs/mae ...
 
-The options are those of afire.py, in one process; resume such a run with this script. The encoder
-sees a quarter of the tokens. The optimiser, its schedules and the moving average are AFiRe's too.
-The head is not trained and the decoder predicts normalised patches: the anomaly scores `prototype`
-and `restoration` of `afire.py eval`, and restoration.png, mean nothing for such a run.
+The other options are those of `afire.py pretrain`, in one process; resume such a run with this
+script. The optimiser, its schedules and the moving average are AFiRe's too. The head is not trained
+and the decoder predicts normalised patches: the anomaly scores `prototype` and `restoration` of
+`afire.py eval`, and restoration.png, mean nothing for such a run.
 """
 
+import argparse
 import functools
 import math
 import sys
@@ -20,20 +21,17 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
 
-KEEP = 0.25                                                # fraction of the tokens that are visible
-afire_pretrain = afire.pretrain
 
-
-def hide_patches(images, generator=None, centre=None, offset=0, *, patch_size):
-    """Hides random patches of images (B, 1, S, S).
+def hide_patches(images, generator=None, centre=None, offset=0, *, patch_size, mask_ratio=0.75):
+    """Hides a fraction of the patches of images (B, 1, S, S), at random places.
 
     The arguments are those of synthetic_lesion_mask, of which centre is not used. Returns the
     images as they are, and a mask (B, 1, S, S), 1 in hidden patches and 0 in the others.
     """
     num_patches = (images.shape[3] // patch_size) ** 2
-    draws = torch.rand(offset + len(images), num_patches, generator=generator)[offset:]
-    order = draws.to(images.device).argsort(1)                                 # (B, L)
-    visible = order[:, :math.ceil(KEEP * num_patches)]                         # (B, V)
+    uniform = torch.rand(offset + len(images), num_patches, generator=generator)[offset:]
+    order = uniform.to(images.device).argsort(1)                               # (B, L)
+    visible = order[:, :math.ceil((1 - mask_ratio) * num_patches)]             # (B, V)
     hidden = torch.ones_like(order, dtype=images.dtype).scatter(1, visible, 0)     # (B, L)
     mask = hidden.unsqueeze(2).expand(-1, -1, patch_size ** 2)                 # (B, L, p * p)
     return images, afire.unpatchify(mask, patch_size)
@@ -70,13 +68,27 @@ class MAE(afire.AFiRe):
         return {"loss": loss, "structure": nothing, "category": nothing, "restoration": loss}
 
 
-def pretrain(options):
-    """afire.pretrain with MAE in the place of AFiRe and hidden patches in the place of lesions."""
-    afire.AFiRe = MAE
-    afire.synthetic_lesion_mask = functools.partial(hide_patches, patch_size=options.patch_size)
-    afire_pretrain(options)
+def main(argv=None):
+    """afire.main with MAE in the place of AFiRe and hidden patches in the place of lesions."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog="other options: python afire.py pretrain --help")
+    parser.add_argument("command", choices=["pretrain"])
+    parser.add_argument("--mask-ratio", type=afire.number(float, 0.01, 0.99), default=0.75,
+                        help="fraction of the patches that are hidden (default: 0.75)")
+    options, others = parser.parse_known_args(argv)
+    afire_pretrain = afire.pretrain
+
+    def pretrain(settings):
+        settings.method = f"MAE, mask ratio {options.mask_ratio}"
+        afire.AFiRe = MAE
+        afire.synthetic_lesion_mask = functools.partial(
+            hide_patches, patch_size=settings.patch_size, mask_ratio=options.mask_ratio)
+        afire_pretrain(settings)
+
+    afire.pretrain = pretrain
+    afire.main(["pretrain", *others])
 
 
 if __name__ == "__main__":
-    afire.pretrain = pretrain
-    afire.main()
+    main()

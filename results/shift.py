@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes a test set of reframed films: those held out, zoomed by up to 20 %, moved by up to 6 %.
+"""Makes a test set of reframed images: those held out, zoomed by up to 20 %, moved by up to 6 %.
 
     python results/shift.py --data chest_xray/train --labels people.csv --out shifted
     python afire.py eval --ckpt runs/afire --data shifted --labels shifted/labels.csv \\
         --out runs/afire/shifted
 
-The films to train on are linked as they are; those held out are read as squares of 256 px. Children
-and cameras differ: does a model that was chosen on the films held out still work where the chest is
-framed in another way?
+The images to train on are linked as they are; those held out are read as squares of 256 px, without
+their masks. Patients and X-ray machines differ: does a model that was chosen on the images held out
+still work where the chest is framed in another way?
 """
 
 import argparse
@@ -21,6 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
+from lesions import exit_on_bad_input  # noqa: E402
 
 
 def move(image, random):
@@ -35,20 +36,15 @@ def move(image, random):
     return TF.resized_crop(padded, top, left, cropped, cropped, [side, side])
 
 
-def main(argv=None):
-    """Bad input ends in one sentence and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of radiographs")
-    parser.add_argument("--labels", required=True, help="CSV, as for afire.py")
-    parser.add_argument("--out", required=True, help="folder for the films and their labels.csv")
-    options = parser.parse_args(argv)
-    try:
-        data = afire.load_radiographs(options.data, 64, labels=options.labels)
-        out = Path(options.out)
-        out.mkdir(parents=True)
-    except (afire.InputError, OSError) as error:
-        print(f"shift.py: {error}", file=sys.stderr)
-        sys.exit(2)
+def reframe(options):
+    """Writes the folder options.out, which must be new."""
+    out = Path(options.out)
+    if out.exists():
+        raise afire.InputError(f"{out} exists: name a new folder as --out")
+    data = afire.load_radiographs(options.data, 64, labels=options.labels)
+    if not len(data.test):
+        raise afire.InputError(f"{options.labels} holds no image out: nothing to reframe")
+    out.mkdir(parents=True)
     random = np.random.default_rng(0)
     rows = []
     used = data.used()
@@ -64,7 +60,18 @@ def main(argv=None):
             rows.append([name, data.findings_of(row), data.patients[row], split])
     with open(out / "labels.csv", "w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([["image", "findings", "patient", "split"], *rows])
-    print(f"in {out}: {len(data.test)} reframed films to test on, {len(data.train)} as they are")
+    print(f"in {out}: {len(data.test)} reframed images to test on, {len(data.train)} as they are")
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="folder of radiographs")
+    parser.add_argument("--labels", required=True, help="CSV, as for afire.py")
+    parser.add_argument("--out", required=True, help="new folder for the images and labels.csv")
+    options = parser.parse_args(argv)
+    with exit_on_bad_input("shift.py"):
+        reframe(options)
 
 
 if __name__ == "__main__":

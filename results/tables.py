@@ -1,182 +1,504 @@
 #!/usr/bin/env python3
-"""Makes Markdown tables of AUROC from the predictions.npz that `afire.py eval` writes.
+"""Prints every table of README.md and results/README.md, from results/scores.npz alone.
 
-    python results/tables.py AFiRe=runs/a0/eval
-    python results/tables.py AFiRe=runs/a0/eval,runs/a1/eval Crops=runs/c0/eval,runs/c1/eval
+    python results/tables.py collect ROOT [--scores FILE]       first, from the runs in ROOT/runs
+    python results/tables.py [--without REGEX] [--scores FILE]
 
-With --without REGEX, images whose names match are left out.
-Each name has one run per seed, with the same seeds in the same order. The first table shows one run
-(95 % interval by a bootstrap over patients), or means over several runs (lowest to highest). The
-second one shows the mean difference to the first name's run with the same seed (95 % interval; all
-runs see the patients that are drawn). The row "untrained" is of the first name's architecture.
-Beside a folder called eval, finetune/predictions.npz and cohesion.json, by finetune.py and
-tokens.py, are read too. Cohesion, a silhouette, has no interval.
+A row is the mean over the seeds of a pre-training. 95 % intervals are by a bootstrap of 1,000
+samples over patients and seeds. The images of a patient stay together, and all runs are tested on
+the same sample of patients. Differences are between runs of the same seed; seeds that only one of
+two rows has are ignored. With one seed, an interval is over patients alone. --without leaves out
+images whose names match.
+
+scores.npz has, for each test set, SET|images, SET|patients, SET|labels (T, F) and SET|located (T,),
+the images in which something is to be located; and for each score SET|SCORE of N runs and
+SET|SCORE|runs, their names, "pre-training:seed" (no seed: pixels, static maps). A score is one of
+
+    uint16  (N, T, F) or (N, repeats, T, F), ranks, whose AUROC is that of the scores; 65535: NaN.
+            F is 1 for a score of any finding. Adjacent images of one label have the same rank
+    int16   (N, T), AUROC of pixels within an image, or a difference, times 32767; -32768: NaN
+    float   (N,), the silhouette, which belongs to no image
+
+To compare another method, put its run into ROOT/runs as NAME-SEED, evaluate it and collect again.
 """
 
 import argparse
 import json
 import re
 import sys
-import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
+from lesions import exit_on_bad_input  # noqa: E402
 
-COLUMNS = {"linear 1%": "probe, 1 %", "linear 10%": "probe, 10 %", "linear 100%": "probe, 100 %",
-           "finetune 1%": "fine-tuned, 1 %", "finetune 10%": "fine-tuned, 10 %",
-           "finetune 100%": "fine-tuned, 100 %", "prototype": "images by prototype",
-           "restoration": "images by restoration", "neighbours": "images by neighbours",
-           "pixels": "pixels by the best score", "cohesion": "cohesion"}
-
-
-def require_same_images(arrays, reference, name, reference_name):
-    """Refuses to compare predictions of other test images."""
-    for key in "images", "patients", "findings", "labels":
-        if not np.array_equal(arrays[key], reference[key]):
-            raise afire.InputError(f"{name} has other {key} than {reference_name}: evaluate both "
-                                   "on the same data")
-
-
-def read_run(folder, without=None):
-    """The arrays of an evaluation, without images that match the regular expression."""
-    run = dict(np.load(folder / "predictions.npz"))
-    tuned = folder.with_name("finetune") / "predictions.npz"
-    if folder.name == "eval" and tuned.exists():
-        arrays = np.load(tuned)
-        require_same_images(arrays, run, tuned, folder)
-        run |= arrays
-    if without:
-        kept = [not re.search(without, str(name)) for name in run["images"]]
-        if not any(kept):
-            raise afire.InputError(f"--without {without} leaves no image: choose another")
-        for key, array in run.items():
-            if key != "findings":
-                run[key] = array[:, kept] if "%" in key else array[kept]
-    file = folder.with_name("cohesion.json")
-    if folder.name == "eval" and file.exists():
-        for network, cohesion in json.loads(file.read_text()).items():
-            run[f"{network}/cohesion"] = np.array(cohesion)
-    return run
+LIMIT = 3_900_000                                          # bytes of scores.npz
+PRETRAININGS = {                                           # folders of runs, and their rows
+    "pixels, 4 x 4": "pixels, 4 x 4", "pixels, 8 x 8": "pixels, 8 x 8",
+    "pixels, 16 x 16": "pixels, 16 x 16", "untrained": "untrained", "mae": "MAE",
+    "crops": "structure and restoration, crops", "lesions": "structure and restoration, lesions",
+    "structure": "structure loss only", "restoration": "restoration loss only",
+    "category": "category loss only", "afire": "AFiRe"}
+TUNING = {"mae": "mask ratio .75", "mae-r50": "mask ratio .5", "mae-r90": "mask ratio .9",
+          "mae-lr-low": "learning rate / 3", "mae-lr-high": "learning rate x 3"}
+AT_128_PIXELS = {"untrained-128": "untrained, 128 px", "mae-128": "MAE, 128 px",
+                 "afire-128": "AFiRe, 128 px"}
+FRACTIONS = ("1%", "10%", "100%")
+PROBES = [f"probe {fraction}" for fraction in FRACTIONS]
+CELLS = [f"{cells} {fraction}" for cells in ("mean token", "2 x 2", "probe")
+         for fraction in FRACTIONS]
+ANOMALIES = ["prototype", "restoration", "neighbours", "nearest", "levels", "components"]
+GRAD_CAM = ["Grad-CAM, probe", "Grad-CAM less normals, probe", "Grad-CAM, tuned",
+            "Grad-CAM less normals, tuned"]
+TITLES = {"eval": "held-out patients", "published": "published split",
+          "shifted": "reframed images", "locate/lesions": "AFiRe's lesions",
+          "locate/ellipses": "ellipses", "phantoms/locate/findings": "phantoms", "boxes": "boxes"}
 
 
-def read_runs(arguments, without=None):
-    """["name=folder,folder", ...] -> {name: [arrays, ...]}, all of the same test images."""
-    runs = {}
-    for argument in arguments:
-        name, _, folders = argument.partition("=")
-        if not folders or name in (*runs, "untrained"):
-            raise afire.InputError(f"{argument}: write NAME=RUN,RUN, and use a name only once")
-        runs[name] = [read_run(Path(folder), without) for folder in folders.split(",")]
-        first = next(iter(runs.values()))
-        if len(runs[name]) != len(first):
-            raise afire.InputError(f"{name} has {len(runs[name])} runs, but the first name has "
-                                   f"{len(first)}: give every name one run per seed")
-        for run, folder in zip(runs[name], folders.split(",")):
-            require_same_images(run, first[0], folder, "the first run")
-    return runs
+# ---- Runs to scores.npz --------------------------------------------------------------------------
+
+def as_ranks(scores, labels):
+    """Scores (..., T, F) of images with labels (T, F) bool -> uint16, which have the same AUROC.
+
+    A repeat and finding with NaN becomes 65535. Neighbours in the order of the scores that are
+    alike in their label become equal, as that changes no AUROC and takes less room.
+    """
+    if len(labels) >= 65535:
+        raise afire.InputError(f"{len(labels)} test images are more than 16 bits can rank: "
+                               "evaluate on at most 65534")
+    if scores.shape[-1] != labels.shape[1]:
+        labels = labels.any(1, keepdims=True)              # a score for any finding
+    ranks = np.full(scores.shape, 65535, np.uint16)
+    for *repeat, f in np.ndindex(*scores.shape[:-2], scores.shape[-1]):
+        column = (*repeat, slice(None), f)
+        if np.isnan(scores[column]).any():
+            continue
+        _, level = np.unique(scores[column], return_inverse=True)
+        positive = np.bincount(level, labels[:, f]) > 0    # for each distinct score
+        negative = np.bincount(level, ~labels[:, f]) > 0
+        begins = positive & negative
+        begins[1:] |= (positive[1:] != positive[:-1]) | (negative[1:] != negative[:-1])
+        ranks[column] = begins.cumsum()[level]
+    return ranks
 
 
-def draw_images(patients, resamples=200):
-    """How often each image is drawn: (1 + resamples, T). Row 0 draws all images once."""
-    _, person = np.unique(patients, return_inverse=True)
-    n = person.max() + 1
+def as_values(values, located):
+    """Values (M,) of the located images, T bool -> (T,) int16, -32768 for NaN and other images."""
+    integers = np.full(len(located), -32768, np.int16)
+    integers[located] = np.where(np.isnan(values), -32768, np.nan_to_num(values * 32767).round())
+    return integers
+
+
+def load_arrays(file, *needed):
+    """-> {name: array} of an .npz file, which must have the needed ones."""
+    try:
+        arrays = dict(np.load(file))
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise afire.InputError(f"{file} is cut off or no .npz file: remove it, and start the "
+                               "script again that wrote it") from error
+    missing = set(needed).difference(arrays)
+    if missing:
+        raise afire.InputError(f"{file} was written by another version, as it has no "
+                               f"{' and no '.join(sorted(missing))}: remove it, and start the "
+                               "script again that wrote it")
+    return arrays
+
+
+def scores_of_eval(file):
+    """predictions.npz or probes.npz: -> images, {(network, score): ranks}."""
+    arrays = load_arrays(file, "images", "patients", "labels")
+    images = {key: arrays[key] for key in ("images", "patients", "labels")}
+    images["located"] = np.zeros(len(images["images"]), bool)
+    scores = {}
+    for key, array in arrays.items():
+        network, _, score = key.partition("/")
+        cells, _, fraction = score.rpartition(" ")
+        if score in ANOMALIES:
+            by_image = afire.image_scores(array) if array.ndim == 3 else array
+            network = network.replace("pixels", "pixels, 8 x 8")
+            scores[network, score] = as_ranks(by_image[:, None], images["labels"])
+        elif network == "pixels" and "x" in cells:
+            network = f"pixels, {cells}"
+            scores[network, f"probe {fraction}"] = as_ranks(array, images["labels"])
+        elif "%" in score and cells != "linear":
+            cells = {"4 x 4": "probe", "1 x 1": "mean token"}.get(cells, cells)
+            scores[network, f"{cells} {fraction}"] = as_ranks(array, images["labels"])
+    return images, scores
+
+
+def scores_of_maps(arrays):
+    """The arrays of a set in locate.npz or boxes.npz: -> images, {(network, score): array}."""
+    images = {key: arrays[key] for key in ("images", "patients", "located")}
+    images["labels"] = arrays["labels"][:, None]
+    scores = {}
+    for key, array in arrays.items():
+        network, _, score = key.partition("/")
+        network = network.replace("pixels", "pixels, 8 x 8")
+        if score.endswith(("/own map", "/own minus others")):
+            scores[network, score] = as_values(array, arrays["located"])
+        elif score and len(array) == len(images["images"]):
+            scores[network, score] = as_ranks(array[:, None], images["labels"])
+    return images, scores
+
+
+def below(arrays, prefix):
+    """The arrays whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): array for key, array in arrays.items()
+            if key.startswith(prefix)}
+
+
+def read_run(folder):
+    """What a run's folder has: yields set, images, {(network, score): array}."""
+    for part in "eval", "published", "shifted":
+        files = [folder / part / "predictions.npz", folder / part / "probes.npz"]
+        files += [folder / "finetune/predictions.npz"] if part == "eval" else []
+        for file in files:
+            if file.exists():
+                yield part, *scores_of_eval(file)
+    file = folder / "cohesion.json"
+    if file.exists():
+        yield "eval", {}, {(network, "cohesion"): np.array(value, np.float32)
+                           for network, value in json.loads(file.read_text()).items()}
+    file = folder / "locate/locate.npz"
+    if file.exists():
+        arrays = load_arrays(file)
+        for part in dict.fromkeys(key.partition("/")[0] for key in arrays):
+            yield f"locate/{part}", *scores_of_maps(below(arrays, f"{part}/"))
+    file = folder / "boxes/boxes.npz"
+    if file.exists():
+        arrays = load_arrays(file, "images", "patients", "train/images", "train/views")
+        train = below(arrays, "train/")
+        nowhere = np.zeros(len(train["images"]), bool)
+        views = train.pop("views")
+        for view in ("", *np.unique(views[views != ""])):
+            shown = (views == view) | (not view)
+            yield f"classifier, {view or 'all'}", *scores_of_maps(
+                {key: array[shown] for key, array in (train | {"located": nowhere}).items()})
+        everywhere = np.ones(len(arrays["images"]), bool)
+        boxes = {key: array for key, array in arrays.items() if not key.startswith("train/")}
+        yield "boxes", *scores_of_maps(boxes | {"located": everywhere, "labels": everywhere})
+
+
+def name_of(folder, network):
+    """The row and the seed of a network in a run's folder, None if another run has it too."""
+    name, _, seed = folder.rpartition("-")
+    if folder in TUNING or not seed.isdecimal():
+        name, seed = folder, "0"
+    name = name.replace("phantoms", "afire")
+    if network == "checkpoint":
+        return f"{name}:{seed}"
+    if not name.startswith("afire"):
+        return None
+    if network == "random_init":
+        return f"{name.replace('afire', 'untrained')}:{seed}"
+    return f"{network}:" if name == "afire" else None
+
+
+def collect(root, file):
+    """Gathers the scores of all runs in root/runs, as far as they fit, into the file."""
+    folders = sorted(path.parent for path in Path(root, "runs").glob("*/checkpoint.pth"))
+    sets = {}
+    scores = {}
+    for folder in tqdm(folders, "collect", unit="run", delay=1):
+        prefix = "phantoms/" * folder.name.startswith("phantoms")
+        for part, images, results in read_run(folder):
+            reference = sets.setdefault(prefix + part, images)
+            for key in images:
+                if not np.array_equal(images[key], reference[key]):
+                    raise afire.InputError(f"{folder}: {part} has other {key} than the first run: "
+                                           "evaluate all runs on the same data")
+            for (network, score), array in results.items():
+                run = name_of(folder.name, network)
+                meaningless = run and run.startswith("mae") and score.startswith(
+                    ("prototype", "restoration"))          # its head and decoder are not AFiRe's
+                if run and not meaningless:
+                    scores.setdefault((prefix + part, score, run), array)
+    if not scores:
+        raise afire.InputError(f"{root}/runs has no run with results: start results/all.sh first")
+
+    def importance(key):
+        _, score, run = key
+        return (score.startswith("2 x 2"), score.startswith("mean token"), run.partition(":")[2])
+
+    size = sum(len(zlib.compress(array.tobytes())) for images in sets.values()
+               for array in images.values())
+    left_out = set()
+    stacks = {}
+    for key in sorted(scores, key=importance):
+        part, score, run = key
+        size += 12 + len(zlib.compress(scores[key].tobytes()))
+        if size > LIMIT:
+            left_out.add(f"{part}, {score.rpartition(' ')[0]}")
+        else:
+            stacks.setdefault((part, score), {})[run] = scores[key]
+    arrays = {f"{part}|{key}": array for part, images in sets.items()
+              for key, array in images.items()}
+    for (part, score), by_run in stacks.items():
+        arrays[f"{part}|{score}"] = np.stack(list(by_run.values()))
+        arrays[f"{part}|{score}|runs"] = np.array(list(by_run))
+    np.savez_compressed(file, **arrays)
+    print(f"in {file}: {Path(file).stat().st_size / 1e6:.1f} MB, the scores of {len(folders)} runs "
+          "without maps and without eval's own probe\n"
+          f"left out for some runs, as they do not fit: {'; '.join(sorted(left_out)) or 'none'}")
+
+
+# ---- scores.npz to figures -----------------------------------------------------------------------
+
+def sample_patients(patients, resamples=1000):
+    """How often an image counts in each sample of the patients: (T,) -> (T, 1 + resamples).
+
+    Column 0 counts every image once.
+    """
+    _, patient = np.unique(patients, return_inverse=True)
+    n = patient.max() + 1
     random = np.random.default_rng(0)
-    draws = [np.bincount(random.integers(n, size=n), minlength=n)[person] for _ in range(resamples)]
-    return np.stack([np.ones_like(person), *draws])
+    counts = [np.bincount(random.integers(n, size=n), minlength=n) for _ in range(resamples)]
+    return np.stack([np.ones(n), *counts], 1).astype(np.float32)[patient]
 
 
-def auroc(scores, truth, draws):
-    """AUROC of each draw: scores and truth (T,) or (T, pixels), draws (R, T) -> (R,)."""
-    areas = np.full(len(draws), np.nan)
-    if np.isnan(scores).any():
-        return areas
-    _, rank = np.unique(scores.ravel(), return_inverse=True)
-    for i, counts in enumerate(draws):
-        weight = counts.repeat(scores.size // len(scores))
-        positive = np.bincount(rank, weight * truth.ravel())
-        negative = np.bincount(rank, weight * ~truth.ravel())
-        below = negative.cumsum() - negative / 2                       # ties count half
-        if positive.any() and negative.any():
-            areas[i] = (positive * below).sum() / positive.sum() / negative.sum()
-    return areas
+def weighted_auroc(ranks, truth, weights):
+    """AUROC by each column of weights: ranks (T,), truth (T,) bool, (T, R) -> (R,).
+
+    Ties count half. NaN where a sample has no image with, or none without the finding.
+    """
+    kind = torch.from_numpy(2 * ranks.astype(np.int64) + truth)                # (T,)
+    totals = torch.zeros(2 * (int(ranks.max()) + 1), weights.shape[1])
+    totals.index_add_(0, kind, torch.from_numpy(weights))  # of the images that are alike
+    negatives = totals[::2]                                                    # (ranks, R)
+    positives = totals[1::2]
+    negatives_below = negatives.cumsum(0) - negatives / 2
+    pairs = (positives * negatives_below).sum(0, dtype=torch.float64)
+    return (pairs / (positives.sum(0) * negatives.sum(0))).numpy()             # 0 / 0 is NaN
 
 
-def columns_of(run, network, draws):
-    """The metrics in all COLUMNS, NaN where the run lacks one: -> (columns, R)."""
-    labels = run["labels"]                                                     # (T, F)
-    areas = {}
-    pixels = []
-    for key in COLUMNS:
-        scores = run.get(f"{network}/{key}", np.array(np.nan))
-        if scores.ndim == 0:                                                   # no bootstrap
-            areas[key] = np.full(len(draws), np.nan)
-            areas[key][0] = scores
-        elif "%" in key:                                                       # (draws, T, F)
-            by_finding = [[auroc(draw[:, f], labels[:, f], draws) for f in range(labels.shape[1])]
-                          for draw in scores]
-            areas[key] = afire.nan_mean(afire.nan_mean(by_finding, 0), 0)
-        else:                                                                  # (T, side, side)
-            areas[key] = auroc(afire.image_scores(scores), labels.any(1), draws)
-            pixels.append(scores)
-    if "masks" in run and pixels:
-        pixels = [afire.pixel_scores(maps, run["masks"]) for maps in pixels]
-        best = np.argmax([auroc(*scores_and_truth, draws[:1]) for scores_and_truth in pixels])
-        areas["pixels"] = auroc(*pixels[best], draws)
-    return np.stack(list(areas.values()))
+def figure_of(array, labels, located, weights):
+    """The figure of a run's score by each column of weights (T, R): -> (R,).
+
+    Ranks (repeats, T, F) or (T, F): AUROC of each finding, a mean over the repeats in which it is
+    known, then over findings; F = 1 is a score for any finding. Values (T,): their mean.
+    """
+    if array.ndim == 0:
+        return np.full(weights.shape[1], float(array))
+    if array.dtype == np.int16:
+        weights = weights[located].astype(float)
+        values = np.where(array[located] == -32768, np.nan, array[located] / 32767)
+        total = weights.sum(0)
+        return np.divide(values @ weights, total, out=np.full(len(total), np.nan), where=total > 0)
+    if array.shape[-1] != labels.shape[1]:
+        labels = labels.any(1, keepdims=True)
+    repeats = array.reshape(-1, *array.shape[-2:])                             # (repeats, T, F)
+    areas = np.full((*repeats.shape[::2], weights.shape[1]), np.nan)           # (repeats, F, R)
+    for repeat, f in np.ndindex(areas.shape[:2]):
+        ranks = repeats[repeat, :, f]
+        if (ranks != 65535).all():
+            areas[repeat, f] = weighted_auroc(ranks, labels[:, f], weights)
+    return afire.nan_mean(afire.nan_mean(areas, 0), 0)
 
 
-def with_interval(areas):
-    """Each column's value and the ends of its 95 % interval: (columns, R) -> (columns, 3)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)    # of columns without a bootstrap
-        ends = np.nanquantile(areas[:, 1:], [0.025, 0.975], axis=1)
-    return np.stack([areas[:, 0], *ends], 1)
+def read_figures(file, without=None):
+    """scores.npz: -> {set: {score: {pre-training: {seed: (1 + samples,)}}}}."""
+    arrays = load_arrays(file)
+    sets = {}
+    weights = {}
+    for key in tqdm([key for key in arrays if key.endswith("|runs")], "samples", delay=1):
+        part, score, _ = key.split("|")
+        images, patients, labels, located = [
+            arrays[f"{part}|{name}"] for name in ("images", "patients", "labels", "located")]
+        kept = np.array([not (without and re.search(without, str(name))) for name in images])
+        if not kept.any():
+            raise afire.InputError(f"--without {without} leaves no image of {part}: choose another")
+        if part not in weights:
+            weights[part] = sample_patients(patients[kept])
+        for run, array in zip(arrays[key].tolist(), arrays[f"{part}|{score}"]):
+            if array.ndim:
+                axis = array.ndim - (1 if array.dtype == np.int16 else 2)      # of the images
+                array = array.compress(kept, axis)
+            name, _, seed = run.partition(":")
+            by_name = sets.setdefault(part, {}).setdefault(score, {})
+            by_name.setdefault(name, {})[seed] = figure_of(array, labels[kept], located[kept],
+                                                           weights[part])
+    return sets
 
 
-def print_table(rows, form):
-    """rows {name: (columns, 3)}: value, low, high. Columns without any value are left out."""
-    shown = ~np.isnan([row[:, 0] for row in rows.values()]).all(0)
-    print("| | " + " | ".join(np.array(list(COLUMNS.values()))[shown]) + " |")
-    print("| --- " * (1 + shown.sum()) + "|")
+def with_interval(by_seed):
+    """{seed: (1 + R,)} -> the mean over seeds, and its 95 % interval over patients and seeds."""
+    figures = np.stack(list(by_seed.values()))                                 # (seeds, 1 + R)
+    n, samples = figures.shape
+    seeds = np.random.default_rng(1).integers(n, size=(n, samples - 1))
+    means = figures[:, 1:][seeds, np.arange(samples - 1)].mean(0)              # (R,)
+    value = figures[:, 0].mean()
+    means = means[~np.isnan(means)]                        # samples without any image of a kind
+    if np.isnan(value) or not len(means):
+        return value, np.nan, np.nan
+    return value, *np.quantile(means, [0.025, 0.975])
+
+
+def differences(by_seed, reference):
+    """Differences of {seed: (1 + R,)}, by seed. What has no seed is compared with every seed."""
+    if "" in reference:
+        return {seed: figures - reference[""] for seed, figures in by_seed.items()}
+    if "" in by_seed:
+        return {seed: by_seed[""] - figures for seed, figures in reference.items()}
+    return {seed: by_seed[seed] - reference[seed] for seed in by_seed if seed in reference}
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def print_table(title, columns, rows):
+    """rows {name: {column: {seed: figures} or None}}; columns and rows without any are left out.
+
+    Differences are signed.
+    """
+    shown = [column for column in columns if any(row.get(column) for row in rows.values())]
+    rows = {name: row for name, row in rows.items() if any(row.get(column) for column in shown)}
+    if not rows:
+        return
+    print(f"| {title} | " + " | ".join(shown) + " | seeds |\n" + "| --- " * (2 + len(shown)) + "|")
+    form = "+.3f" if re.search("less|minus", title) else ".3f"
     for name, row in rows.items():
         cells = []
-        for value, low, high in row[shown]:
-            ends = "" if np.isnan(low) else f" ({low:{form}} to {high:{form}})"
-            cells.append("-" if np.isnan(value) else f"{value:{form}}{ends}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        seeds = set()
+        for column in shown:
+            value, low, high = with_interval(row[column]) if row.get(column) else [np.nan] * 3
+            cell = "–" if np.isnan(value) else f"{value:{form}}"
+            if low < high:                                 # cohesion with one seed has no interval
+                cell += f" ({low:{form}} to {high:{form}})"
+            cells.append(cell)
+            seeds.update(row.get(column) or {})
+        print(f"| {name} | " + " | ".join(cells) + f" | {len(seeds - {''}) or '–'} |")
+    print()
+
+
+def rows_of(figures, names, columns):
+    """The rows of a set's figures, {score: {name: {seed: figures}}}; columns {title: score}."""
+    return {row: {title: figures.get(score, {}).get(name) for title, score in columns.items()}
+            for name, row in names.items()}
+
+
+def best_of_pixels(figures, score):
+    """The pixels' {seed: figures} that are highest: of probes, or of all anomaly scores."""
+    scores = ANOMALIES if score in ANOMALIES else [score.replace("finetune", "probe")]
+    found = [by_seed for key in scores for name, by_seed in figures.get(key, {}).items()
+             if name.startswith("pixels")]
+    return max(found, key=lambda by_seed: by_seed[""][0], default=None)
+
+
+def print_set(title, figures, names, columns, pixels=False):
+    """A table of figures, of differences to AFiRe, and with pixels of those to the best of them."""
+    rows = rows_of(figures, names, columns)
+    print_table(title, columns, rows)
+
+    def less(reference_of):
+        return {name: {column: differences(by_seed, reference_of(column)) for column, by_seed
+                       in row.items() if by_seed and reference_of(column)}
+                for name, row in rows.items()}
+
+    if "AFiRe" in rows:
+        others = less(rows["AFiRe"].get)
+        others.pop("AFiRe")
+        print_table(f"{title}, less AFiRe", columns, others)
+    if pixels:
+        networks = less(lambda column: best_of_pixels(figures, columns[column]))
+        print_table(f"{title}, less the best of the pixels", columns,
+                    {name: row for name, row in networks.items() if "pixels" not in name})
+
+
+def in_percent(score):
+    """The title of a score that ends in a fraction of the labels."""
+    return re.sub(r" (\d+)%$", r", \1 %", score)
+
+
+def print_overview(sets, names):
+    """The table of README.md: means, and the anomaly score that is best on held-out patients."""
+    def mean(part, score, name):
+        by_seed = sets.get(part, {}).get(score, {}).get(name)
+        value = np.mean([figures[0] for figures in by_seed.values()]) if by_seed else np.nan
+        return "–" if np.isnan(value) else f"{value:.3f}".replace("0.", ".", 1)
+
+    titles = ["probe, held-out patients", "probe, published split", "probe, reframed images",
+              "fine-tuned on 10 %, held out", "anomaly, held out / published / reframed",
+              "Grad-CAM less normals in ellipses", "cohesion"]
+    print("| pre-training | " + " | ".join(titles) + " |\n" + "| --- " * (1 + len(titles)) + "|")
+    for name, row in names.items():
+        anomalies = [score for score in ANOMALIES if mean("eval", score, name) != "–"]
+        best = max(anomalies, key=lambda score: mean("eval", score, name), default="")
+        cells = [" / ".join(mean(part, score, name) for score in PROBES)
+                 for part in ("eval", "published", "shifted")]
+        cells += [mean("eval", "finetune 10%", name),
+                  " / ".join(mean(part, best, name) for part in ("eval", "published", "shifted"))
+                  + f" {best}",
+                  mean("locate/ellipses", "Grad-CAM less normals, tuned/own map", name),
+                  mean("eval", "cohesion", name)]
+        if re.search(r"\d", "".join(cells)):
+            print(f"| {row} | " + " | ".join(cells) + " |")
+    print()
+
+
+def print_tables(sets):
+    """Every table; what has no scores yet is left out."""
+    found = {name for part in sets.values() for by_name in part.values() for name in by_name}
+    others = sorted(found - {*PRETRAININGS, *TUNING, *AT_128_PIXELS, "static"})
+    names = PRETRAININGS | {name: name for name in others}
+    networks = {name: row for name, row in names.items() if not name.startswith("pixels")}
+    probes = {in_percent(score): score for score in PROBES}
+    cells = {in_percent(score): score for score in CELLS}
+    print_overview(sets, names)
+    for part in "eval", "published", "shifted":
+        anomalies = {f"images by {score}": score for score in ANOMALIES}
+        columns = probes | {"fine-tuned, 10 %": "finetune 10%"} | anomalies
+        print_set(TITLES[part], sets.get(part, {}), names, columns, pixels=True)
+        print_table(f"{TITLES[part]}, tokens in cells", cells,
+                    rows_of(sets.get(part, {}), networks, cells))
+    print_table("held-out patients, cohesion", ["silhouette"],
+                rows_of(sets.get("eval", {}), networks, {"silhouette": "cohesion"}))
+    for part in "locate/lesions", "locate/ellipses", "phantoms/locate/findings", "boxes":
+        figures = sets.get(part, {})
+        columns = {"by the probe": "probe", "by the tuned classifier": "tuned"}
+        columns |= {f"by {score}": score for score in ANOMALIES}
+        if part != "boxes":                                # where every image has a finding
+            print_set(f"{TITLES[part]}, images", figures, names, columns)
+        for values in "own map", "own minus others":
+            columns = {score: f"{score}/{values}" for score in [*GRAD_CAM, *ANOMALIES]}
+            print_set(f"{TITLES[part]}, {values}", figures, names, columns)
+        columns = {score: f"{score}/own map" for score in ("nearness to the centre", "mean mask")}
+        print_table(f"{TITLES[part]}, static maps", columns,
+                    rows_of(figures, {"static": "AUROC in the masks"}, columns))
+    views = [part for part in sets if part.startswith("classifier, ")]
+    print_table("boxes, classifier of any finding", views,
+                {row: {view: sets[view].get("probe", {}).get(name) for view in views}
+                 for name, row in networks.items()})
+    held_out = sets.get("eval", {})
+    print_table("tuning of MAE, held-out patients", probes, {
+        row: {column: {"0": by_seed["0"]} for column, by_seed in figures.items() if by_seed}
+        for row, figures in rows_of(held_out, TUNING, probes).items()})
+    for part in "eval", "published", "shifted":
+        figures = sets.get(part, {})
+        columns = cells | {f"images by {score}": score for score in ("prototype", "neighbours")}
+        print_table(f"{TITLES[part]}, 128 px", columns, rows_of(figures, AT_128_PIXELS, columns))
 
 
 def main(argv=None):
-    """Bad input ends in one sentence and status 2."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN,RUN", help="folders of eval")
+    parser.add_argument("command", nargs="?", choices=["collect"], help="makes scores.npz")
+    parser.add_argument("root", nargs="?", help="folder in which runs/ is, for collect")
+    parser.add_argument("--scores", default=Path(__file__).with_name("scores.npz"), type=Path,
+                        help="file (default: results/scores.npz)")
     parser.add_argument("--without", metavar="REGEX", help="leave out images of such names")
     options = parser.parse_args(argv)
-    try:
-        runs = read_runs(options.runs, options.without)
-    except (afire.InputError, OSError, re.error) as error:
-        print(f"tables.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    first = next(iter(runs))
-    draws = draw_images(runs[first][0]["patients"])
-    areas = {name: np.stack([columns_of(run, "checkpoint", draws) for run in runs[name]])
-             for name in runs}                                                 # (seeds, columns, R)
-    areas["untrained"] = np.stack([columns_of(run, "random_init", draws) for run in runs[first]])
-    seeds = len(runs[first])
-    if seeds == 1:
-        print("One run (95 % interval):\n")
-        print_table({name: with_interval(array[0]) for name, array in areas.items()}, ".3f")
-    else:
-        print(f"Mean of {seeds} runs (lowest to highest):\n")
-        values = {name: array[:, :, 0] for name, array in areas.items()}       # (seeds, columns)
-        print_table({name: np.stack([value.mean(0), value.min(0), value.max(0)], 1)
-                     for name, value in values.items()}, ".3f")
-    print(f"\nDifferences to {first} (95 % interval):\n")
-    print_table({name: with_interval((areas[name] - areas[first]).mean(0))
-                 for name in list(areas)[1:]}, "+.3f")
+    with exit_on_bad_input("tables.py"):
+        if options.command:
+            if not options.root:
+                raise afire.InputError("collect needs the folder ROOT, in which runs/ is")
+            collect(options.root, options.scores)
+        else:
+            print_tables(read_figures(options.scores, options.without))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 
     python results/tokens.py runs/afire [runs/mae ...] [--no-picture]        (needs scikit-learn)
 
-RUN/cohesion.json: the silhouette, from -1 to 1, of the tokens of 24 normal films held out by their
+RUN/cohesion.json: the silhouette, from -1 to 1, of the tokens of 24 normal images held out by their
 position, trained and untrained. RUN/tokens.png, t-SNE. Top: these tokens, coloured by position.
-Bottom: tokens of the same films with synthetic lesions, without the mean token of their position;
-those under a lesion are red.
+Bottom: tokens of the same images with synthetic lesions, without the mean token of their position;
+those under a lesion are red. Right: a key for the colours.
 """
 
 import argparse
@@ -19,10 +19,14 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import load_run  # noqa: E402
+from lesions import exit_on_bad_input, load_run  # noqa: E402
+
+RED = [0.8, 0.1, 0.1]
+GREY = [0.7, 0.7, 0.7]
 
 
 def cohesion(tokens):
@@ -32,27 +36,42 @@ def cohesion(tokens):
     return float(silhouette_score(tokens.flatten(0, 1).numpy(), position))
 
 
+def colours_of_positions(side):
+    """More red from top to bottom, from green on the left to blue on the right: (side, side, 3)."""
+    row, column = np.indices((side, side)) / max(side - 1, 1)
+    return np.stack([row, 1 - column, column], 2)
+
+
 @torch.no_grad()
-def plot_tokens(file, models, films, patch_size):
-    """Films (n, 1, S, S) in [0, 1]: a column for the untrained encoder, one for the trained."""
-    lesioned, mask = afire.synthetic_lesion_mask(films, torch.Generator().manual_seed(0))
+def plot_tokens(file, models, images, patch_size):
+    """Images (n, 1, S, S) in [0, 1]: columns for the untrained encoder, the trained and the key."""
+    lesioned, mask = afire.synthetic_lesion_mask(images, torch.Generator().manual_seed(0))
     abnormal = afire.abnormal_tokens(mask, patch_size).flatten().numpy()       # (n * L,)
-    side = films.shape[3] // patch_size
-    row, column = np.indices((side, side)).reshape(2, -1) / (side - 1)
-    by_position = np.tile(np.stack([row, 1 - column, column], 1), (len(films), 1))
-    by_class = np.where(abnormal[:, None], [0.8, 0.1, 0.1], [0.7, 0.7, 0.7])
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    axes = figure.subplots(2, 2, subplot_kw={"xticks": [], "yticks": []})
-    for axis, title, name in zip(axes.T, ("untrained", "trained"), ("random_init", "checkpoint")):
-        encoder, _ = models[name]
-        tokens = afire.features(encoder, films)                                # (n, L, D)
-        without_position = afire.features(encoder, lesioned) - tokens.mean(0)
-        for place, points, colours in ((axis[0], tokens, by_position),
-                                       (axis[1], without_position, by_class)):
-            flat = TSNE(random_state=0).fit_transform(points.flatten(0, 1).numpy())
-            place.scatter(*flat.T, s=3, c=colours)
-        axis[0].set_title(f"{title}, by position")
-        axis[1].set_title(f"{title}, by class (red: under a lesion)")
+    key = colours_of_positions(images.shape[3] // patch_size)
+    by_position = np.tile(key.reshape(-1, 3), (len(images), 1))                # (n * L, 3)
+    by_class = np.where(abnormal[:, None], RED, GREY)
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots(2, 3, width_ratios=[3, 3, 1],
+                           subplot_kw={"xticks": [], "yticks": []})
+    with tqdm(total=4, desc="t-SNE", unit="panel") as bar:
+        for column, title, name in zip(axes.T, ("untrained", "trained"),
+                                       ("random_init", "checkpoint")):
+            encoder, _ = models[name]
+            tokens = afire.features(encoder, images)                           # (n, L, D)
+            without_position = afire.features(encoder, lesioned) - tokens.mean(0)
+            for axis, points, colours in ((column[0], tokens, by_position),
+                                          (column[1], without_position, by_class)):
+                flat = TSNE(random_state=0).fit_transform(points.flatten(0, 1).numpy())
+                axis.scatter(*flat.T, s=3, c=colours)
+                bar.update()
+            column[0].set_title(f"{title}, by position")
+            column[1].set_title(f"{title}, by class")
+    axes[0, 2].imshow(key)
+    axes[0, 2].set_title("position\nin the image")
+    axes[1, 2].axis("off")
+    for colour, label in (RED, "under a lesion"), (GREY, "elsewhere"):
+        axes[1, 2].scatter([], [], s=20, color=colour, label=label)
+    axes[1, 2].legend(loc="center")
     figure.savefig(file, dpi=90)
 
 
@@ -62,28 +81,27 @@ def evaluate(folder, with_picture):
     models, run, data = load_run(folder)
     rows = data.normal(data.test)[:24]
     if len(rows) < 2:
-        raise afire.InputError(f"{folder} has {len(rows)} normal films held out: two are needed")
-    films = torch.from_numpy(data.images[rows]) / 255                          # (n, 1, S, S)
-    report = {name: cohesion(afire.features(encoder.eval(), films))
+        raise afire.InputError(f"{folder} has {len(rows)} normal images held out: two are needed, "
+                               "by a table whose split holds some out")
+    images = torch.from_numpy(data.images[rows]) / 255                         # (n, 1, S, S)
+    report = {name: cohesion(afire.features(encoder.eval(), images))
               for name, (encoder, _) in models.items()}
     (folder / "cohesion.json").write_text(json.dumps(report, indent=2))
     print(f"{folder}: cohesion {report['checkpoint']:.3f}, untrained {report['random_init']:.3f}")
     if with_picture:
-        plot_tokens(folder / "tokens.png", models, films, run.patch_size)
+        plot_tokens(folder / "tokens.png", models, images, run.patch_size)
+        print(f"in {folder}: tokens.png")
 
 
 def main(argv=None):
-    """Bad input ends in one sentence and status 2."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of afire.py pretrain")
     parser.add_argument("--no-picture", action="store_true", help="write cohesion.json only")
     options = parser.parse_args(argv)
-    try:
+    with exit_on_bad_input("tokens.py"):
         for folder in options.runs:
             evaluate(folder, not options.no_picture)
-    except (afire.InputError, OSError) as error:
-        print(f"tokens.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
