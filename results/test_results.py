@@ -211,6 +211,7 @@ def test_other_methods_pretrain_and_only_they_resume(run, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         for name in "AFiRe", "synthetic_lesion_mask", "pretrain":      # which the script replaces
             patch.setattr(afire, name, getattr(afire, name))
+        patch.setattr(afire, "plot_restoration", Mock())   # it takes seconds
         script.main(arguments)
         assert "resuming" not in capsys.readouterr().out
         script.main(arguments)
