@@ -1434,10 +1434,12 @@ def find_files(folder, *suffixes):
     """
     hidden = (".", "@", "$", "__MACOSX")
     names = []
+    visited = set()                                        # a link may lead to a folder above it
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if "checkpoint.pth" in files:
+        if "checkpoint.pth" in files or os.path.realpath(parent) in visited:
             folders.clear()
             continue
+        visited.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(hidden)]
         names += [os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
                   for name in files
@@ -1500,7 +1502,8 @@ def read_table(file, folder):
     missing = [name for name in table if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         raise wrong(f": {len(missing)} rows have no file below {folder}, the first is {missing[0]}")
-    others = set(find_files(folder, ".png", ".jpg", ".jpeg")).difference(table)
+    masks = {row.get("mask") for row in table.values()}
+    others = set(find_files(folder, ".png", ".jpg", ".jpeg")).difference(table, masks)
     used = {name: row for name, row in table.items() if row["split"]}
     if not used:
         raise wrong(": no row has train or test as split")
@@ -1585,7 +1588,9 @@ def load_radiographs(data, img_size, *, labels=None, levels="file", all_normal=F
     first = {}                                             # row of a content
     for i, content_hash in enumerate(hashes):
         if content_hash and first.setdefault(content_hash, i) != i:
-            rows[first[content_hash]]["findings"] |= rows[i]["findings"]       # those of all
+            kept = rows[first[content_hash]]               # has the findings of all, and a mask
+            kept["findings"] |= rows[i]["findings"]
+            kept["mask"] = kept.get("mask") or rows[i].get("mask")
     used = np.array(list(first.values()), int)
     skipped = np.setdiff1d(np.arange(len(names)), used)
     if len(skipped):
