@@ -777,7 +777,7 @@ def pretrain(options):
 
     trainer = Trainer(options, device, len(normals) // options.batch_size, rank, world)
     out = Path(options.out)
-    run = {"history": [],                                  # a record of each epoch
+    run = {"history": [],                                  # a record an epoch
            "images": [data.hashes[row] for row in normals], "earlier_images": []}  # those of --init
     if (out / "checkpoint.pth").exists():
         resume(trainer, out / "checkpoint.pth", run)
@@ -1077,7 +1077,7 @@ def evaluate_network(encoder, model, data, measured, masks, normals, device, bar
 
 
 def print_table(report):
-    """A row for each AUROC of metrics.json, a column for each network, and why some are missing."""
+    """Rows for the AUROCs of metrics.json, columns for the networks, and why some are missing."""
     trained = report["checkpoint"]
     known = {level: not math.isnan(trained["anomaly"]["neighbours"][f"{level}_auroc"])
              for level in ("image", "pixel")}
