@@ -50,6 +50,19 @@ def load_run(folder):
     return models, run, data
 
 
+def add_lesions(images, seed=0):
+    """AFiRe's lesions: images (n, 1, S, S) uint8 -> lesioned (n, 1, S, S), masks (n, S, S) bool."""
+    lesioned = []
+    masks = []
+    for i in range(0, len(images), 64):
+        part = torch.from_numpy(images[i:i + 64]) / 255
+        generator = torch.Generator().manual_seed(seed)
+        x, mask = afire.synthetic_lesion_mask(part, generator, offset=i)
+        lesioned.append((255 * x).round().byte().numpy())
+        masks.append(mask[:, 0].numpy() > 0)
+    return np.concatenate(lesioned), np.concatenate(masks)
+
+
 def score_run(folder):
     """-> the arrays of predictions.npz, of 2 T images: T as they are, then with lesions."""
     models, _, data = load_run(folder)
@@ -59,16 +72,9 @@ def score_run(folder):
         raise afire.InputError(f"{folder} has {len(test)} normal images held out and "
                                f"{len(normals)} to compare with: two of each are needed, by a "
                                "table whose split holds some out")
-    lesioned = []
-    masks = []
-    for i in range(0, len(test), 64):
-        part = torch.from_numpy(data.images[test[i:i + 64]]) / 255
-        generator = torch.Generator().manual_seed(0)
-        images, mask = afire.synthetic_lesion_mask(part, generator, offset=i)
-        lesioned.append((255 * images).round().byte().numpy())
-        masks.append(mask[:, 0].numpy() > 0)
-    images = np.concatenate([data.images[normals], data.images[test], *lesioned])
-    masks = np.concatenate([np.zeros((len(test), *images.shape[2:]), bool), *masks])
+    lesioned, masks = add_lesions(data.images[test])
+    images = np.concatenate([data.images[normals], data.images[test], lesioned])
+    masks = np.concatenate([np.zeros_like(masks), masks])
     n = len(normals)
     rows = np.arange(n, len(images))                                           # (2 T,)
     patients = np.tile(np.array(data.patients)[test], 2)

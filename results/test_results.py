@@ -39,8 +39,8 @@ import lesions  # noqa: E402
 import mae  # noqa: E402
 import shift  # noqa: E402
 import tokens as token_pictures  # noqa: E402
-from test_afire import (CPU, load_run, phantom_images, randomise, seeded, table,  # noqa: E402
-                        tiny_batch, tiny_model, working_folder, write_images)
+from test_afire import (CPU, drawn_set, load_run, phantom_images, randomise,  # noqa: E402
+                        seeded, table, tiny_batch, tiny_model, working_folder, write_images)
 
 __all__ = ["working_folder"]                               # a fixture: pytest finds it here
 
@@ -284,21 +284,9 @@ def test_what_is_no_run_or_holds_nothing_out_is_refused(run, plain_run, tmp_path
 
 # ---- finetune.py ---------------------------------------------------------------------------------
 
-def small_set(n=240, size=32):
-    """Radiographs whose label is whether just one of two patches is bright: not linear in them."""
-    random = np.random.default_rng(0)
-    images = random.integers(60, 90, (n, 1, size, size), np.uint8)
-    bright = random.random((n, 2)) < 0.5
-    images[bright[:, 0], :, :8, :8] += 120
-    images[bright[:, 1], :, 16:24, 16:24] += 120
-    names = [f"{i}" for i in range(n)]
-    return afire.Radiographs(names, images, bright.sum(1, keepdims=True) == 1, ["one"], names,
-                             names, np.arange(n // 2), np.arange(n // 2, n), {})
-
-
 def test_finetuning_learns_what_a_linear_probe_cannot():
     """It leaves the encoder as it was."""
-    data = small_set()
+    data = drawn_set(240, 32)
     encoder = tiny_model().teacher["encoder"].requires_grad_(False)
     before = copy.deepcopy(encoder.state_dict())
     truth = data.labels[data.test, 0]
@@ -324,7 +312,7 @@ def test_finetuning_starts_at_the_probe_of_eval(run, evaluated):
 
 
 def test_finetuning_does_not_learn_from_what_is_tested():
-    data = small_set(80)
+    data = drawn_set(80, 32)
     encoder = tiny_model().teacher["encoder"].eval().requires_grad_(False)
     options = argparse.Namespace(steps=2, fractions=["10%"], repeats=2)
     bar = Mock(n=2, total=8, format_dict={"elapsed": 30})
@@ -566,7 +554,7 @@ def test_curves_of_a_damaged_run_are_one_sentence(run, tmp_path, capsys, file, c
 
 
 def test_the_variance_of_phantoms_and_without_a_checkpoint(tmp_path, monkeypatch):
-    phantoms = small_set(80)
+    phantoms = drawn_set(80, 32)
     monkeypatch.setattr(afire, "phantom_radiographs", lambda size: phantoms)
     normals = [row for row in phantoms.train if not phantoms.labels[row, 0]]
     config = {"arch": "vit_base", "data": None, "labels": None, "levels": "file", "img_size": 32}
