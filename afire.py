@@ -11,7 +11,7 @@ A Vision Transformer is pre-trained on *normal* chest radiographs only, with two
 prototype of that position; (II) synthetic lesions are added, and the normal image is restored.
 
                         teacher: moving average of the student
-    x  normal --------> encoder --E^T--> head --Q^T--> mean over images --> P --Sinkhorn--> C
+    x  normal --------> encoder --E^T--> head --Q^T--> moving average ----> P --Sinkhorn--> C
     |                                                                       |               |
     + lesions M                                                      Task I: L_cate      L_stru
     |                                                                       |               |
@@ -20,9 +20,9 @@ prototype of that position; (II) synthetic lesions are added, and the normal ima
                                   +--> tokens under M masked --> decoder --> Task II: L_rest to x
 
     x, x'     normal radiograph, and the same with lesions          (B, 1, H, W) in [0, 1]
-    M         synthetic lesion mask: what was added to x            (B, 1, H, W) in [0, 1]
-    L         number of tokens, also called positions               (H / patch) * (W / patch)
-    E^S, E^T  tokens of the student (of x') and the teacher (of x)  (B, 1 + L, D), class token first
+    M         synthetic lesion mask: grey levels added to x         (B, 1, H, W) in [0, 1]
+    L         number of patches; a position is a patch's index      (H / patch) * (W / patch)
+    E^S, E^T  encoder of the student and the teacher; its tokens    (B, 1 + L, D), class token first
     Q^S, Q^T  head outputs over K pseudo-clusters                   (B, L, K)
     P         spatial-aware prototypes: running mean of Q^T         (L, K)
     C         P after Sinkhorn-Knopp: soft assignment of positions  (L, K), rows sum to 1
@@ -66,14 +66,16 @@ from tqdm import tqdm
 # ---- Synthetic lesion mask (Fig. 2, left) --------------------------------------------------------
 
 def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
-    """Adds 1 to 4 synthetic lesions to each image [P: Fig. 2; R: the numbers].
+    """Adds 1 to 4 synthetic lesions to each image: -> x', M [P: Fig. 2; R: the numbers].
 
-    A lesion is the image's own tissue under an elliptical Gaussian, resized and added elsewhere.
-    Only lesion pixels are clipped at 235 / 255, and none is darkened [D; R: the whole image].
+    A lesion is a crop of the image's own tissue times a Gaussian window, resized to a random height
+    and width, and added at a random place. Where lesions overlap they add up. Only lesion pixels
+    are clipped at 235 / 255, and none is darkened [D; R: the whole image is clipped].
 
     images (B, 1, H, W) in [0, 1]; centre (B, 2) as from texture_centre, computed if not given;
-    offset: images of the batch that earlier processes hold; their random numbers are skipped.
-    Returns lesioned x' and mask M, both shaped like images; x' == x where M == 0.
+    offset: number of images that processes of lower rank hold; their random numbers are skipped, so
+    that lesions do not depend on the number of processes. Returns the images with lesions and the
+    mask, the grey levels that were added, both shaped like images; x' == x where M == 0.
     """
     B, _, H, W = images.shape
     device = images.device
@@ -95,15 +97,17 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     window = torch.exp(-(u ** 2 + v ** 2) / 0.5)                               # (h, w)
     window = (window - window.min()) / (window.max() - window.min()).clamp_min(1e-6)
 
-    # Five random numbers for each of 4 lesions. The last one of the first lesion is their number.
+    # For each of 4 candidate lesions, random numbers for height, width, y and x. The fifth number
+    # of the first candidate chooses how many of them exist.
     rng_device = generator.device if generator else device
     uniform = torch.rand((offset + B, 4, 5), generator=generator, device=rng_device)[offset:]
     uniform = uniform.to(device, non_blocking=True).unsqueeze(3)
-    height, width, y, x, count = uniform.unbind(2)                             # (B, 4, 1)
-    lesions = 1 + (4 * count[:, :1]).floor()                                   # (B, 1, 1), 1 to 4
-    exists = torch.arange(4, device=device).view(4, 1) < lesions               # (B, 4, 1)
+    height, width, y, x, number = uniform.unbind(2)                            # (B, 4, 1)
+    count = 1 + (4 * number[:, :1]).floor()                                    # (B, 1, 1), 1 to 4
+    exists = torch.arange(4, device=device).view(4, 1) < count                 # (B, 4, 1)
 
-    # Resizing and placing is linear and separable: a lesion is rows @ texture @ columns^T.
+    # Resizing and placing is linear and separable: M is the sum over lesions n of
+    # rows_n @ (0.5 * window * texture) @ columns_n^T, without what is below one grey level.
     rows = bilinear_weights(height, y, h, H) * exists.unsqueeze(3)             # (B, 4, H, h)
     columns = bilinear_weights(width, x, w, W)                                 # (B, 4, W, w)
     with torch.autocast(device.type, enabled=False):
@@ -113,17 +117,17 @@ def synthetic_lesion_mask(images, generator=None, centre=None, offset=0):
     return lesioned, mask
 
 
-def bilinear_weights(size_number, start_number, texture_size, length):
+def bilinear_weights(random_size, random_start, texture_size, length):
     """Matrices that resize texture_size pixels and place them on an axis of length pixels.
 
-    size_number, start_number (B, 4, 1): random numbers in [0, 1), which choose a size of 16 to
-    128 px (at 224 px), and a start for which the lesion lies inside the image. Returns
-    (B, 4, length, texture_size), zero outside of the lesion.
+    random_size, random_start (B, 4, 1) in [0, 1) choose a size of 16 to 128 px (at 224 px), and a
+    start for which the lesion lies inside the image. Returns (B, 4, length, texture_size), zero
+    outside of the lesion.
     """
     smallest = max(1, round(16 * length / 224))
     largest = max(1, round(128 * length / 224))
-    size = smallest + (size_number * (largest - smallest + 1)).floor()         # in pixels
-    start = (start_number * (length - size + 1)).floor()
+    size = smallest + (random_size * (largest - smallest + 1)).floor()         # in pixels
+    start = (random_start * (length - size + 1)).floor()
     pixel = torch.arange(length, device=size.device) - start                   # (B, 4, length)
     position = ((pixel + 0.5) * texture_size / size - 0.5).clamp(0, texture_size - 1)
     distance = position.unsqueeze(3) - torch.arange(texture_size, device=size.device)
@@ -143,7 +147,7 @@ def otsu_threshold(levels):
     levels = levels.flatten(1)                                                 # (B, H * W)
     counts = torch.zeros(len(levels), 256, device=levels.device)
     counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=counts.dtype))
-    pixels_up_to = counts.cumsum(1)                        # a level, itself included, (B, 256)
+    pixels_up_to = counts.cumsum(1)                        # at or below each level, (B, 256)
     sum_up_to = (counts * torch.arange(256, device=levels.device)).cumsum(1)
     n = pixels_up_to[:, -1:]
     mean = sum_up_to[:, -1:] / n
@@ -155,10 +159,11 @@ def otsu_threshold(levels):
 
 def largest_region(bright, rounds=12):
     """The largest 8-connected component, by pixel count [D; R: by contour area]: (B, H, W) bool."""
-    # Connected components by pointer jumping. In the end all pixels of a component have one label,
-    # the highest index in it. Spreading labels to neighbours alone takes as many rounds as the
-    # longest path; following labels to the labels they point at shortens it. The worst maze tried,
-    # at 1024 px, needs 10 rounds. Labels are float32, exact below 2^24.
+    # Connected components by pointer jumping, for a batch, on any device. In the end all pixels of
+    # a component have one label, the highest index in it. Spreading labels to neighbours alone
+    # takes as many rounds as the longest path; replacing a label by the label of the pixel that it
+    # points at is faster. The worst of the mazes tried, of 1024 px, takes 10 rounds. Labels are
+    # float32, exact below 2^24.
     B, H, W = bright.shape
     pixel = torch.arange(H * W, device=bright.device, dtype=torch.float)
     label = pixel.expand(B, -1)                            # at first its own index, (B, H * W)
@@ -168,7 +173,8 @@ def largest_region(bright, rounds=12):
         highest = label.masked_fill(dark, 0).view(B, 1, H, W)
         highest = F.max_pool2d(highest, 3, stride=1, padding=1).flatten(1)
         highest = torch.where(dark, pixel, highest)
-        # ... the pixel that a label points at takes it too, and labels jump to that pixel's, twice.
+        # ... the pixel that the old label points at takes it too. Then every pixel replaces its
+        # label by that of the pixel it points at, twice.
         label = label.scatter_reduce(1, label.long(), highest, "amax")
         label = label.gather(1, label.long())
         label = label.gather(1, label.long())
@@ -199,6 +205,11 @@ def enclosing_circle_centre(region, steps=80):
     return centre.squeeze(1)
 
 
+def abnormal_tokens(mask, patch_size):
+    """A of Fig. 2: tokens with any lesion in their patch [R]: M (B, 1, H, W) -> (B, L) bool."""
+    return patchify(mask, patch_size).amax(2) > 0
+
+
 # ---- Vision Transformer: names and arithmetic as in timm, positions as in MAE --------------------
 
 def patchify(images, patch_size):
@@ -210,11 +221,6 @@ def unpatchify(patches, patch_size):
     """(B, L, C * p * p) -> (B, C, H, W): the exact inverse of patchify, for square images."""
     side = math.isqrt(patches.shape[1])
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), patch_size)
-
-
-def abnormal_tokens(mask, patch_size):
-    """A token is abnormal if any lesion is in its patch [R]: (B, 1, H, W) -> (B, L) bool."""
-    return patchify(mask, patch_size).amax(2) > 0
 
 
 def sincos_positions(side, dim):
@@ -294,7 +300,7 @@ class ViT(nn.Module):
 class Decoder(nn.Module):
     """Restores images from tokens [P; R]: (B, 1 + L, D), masked (B, L) bool -> (B, C, H, W).
 
-    A masked position gets its own learned mask token in the place of its token.
+    A masked token (in Fig. 2, an abnormal one) is replaced by a learned token of its position.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, encoder_dim=768, embed_dim=512,
@@ -321,9 +327,10 @@ class Decoder(nn.Module):
 # ---- Projection head and spatial-aware prototypes (Fig. 3) ---------------------------------------
 
 class AnatomyHead(nn.Module):
-    """Logits of tokens over the K pseudo-clusters of their position [R]: (B, L, D) -> (B, L, K).
+    """Projection head: logits of tokens over K pseudo-clusters [R]: (B, L, D) -> (B, L, K).
 
-    A logit is the cosine between the token, after an MLP, and a row of its position's last layer.
+    The MLP is shared; each position has its own last layer. A logit is the cosine between the
+    MLP's output and a row of that layer.
     """
 
     def __init__(self, in_dim, num_patches, out_dim=256, hidden_dim=1024, bottleneck_dim=256):
@@ -332,12 +339,12 @@ class AnatomyHead(nn.Module):
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim))
-        # Only the direction of a row counts; its length sets how slowly it turns. Rows of N(0, 1)
-        # are long (sqrt(bottleneck_dim)), so that the encoder learns, not the last layers alone:
-        # with short rows tokens of a position barely clustered (in an early version) [D].
+        # A logit does not depend on the norm of a row, but a step of the optimiser rotates a long
+        # row less. Rows of N(0, 1) have norms near sqrt(bottleneck_dim). With short rows (in an
+        # early version) the last layers alone fitted the targets, and tokens barely clustered [D].
         self.last_layers = nn.Parameter(torch.randn(num_patches, out_dim, bottleneck_dim))
         for layer in self.mlp[::2]:
-            nn.init.normal_(layer.weight, std=0.02)        # release: cut at 100 std
+            nn.init.normal_(layer.weight, std=0.02)        # R: truncated at 100 std
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens):
@@ -366,7 +373,10 @@ def gather(x):
 
 
 class SpatialPrototypes(nn.Module):
-    """P, a prototype per position: the running mean of the teacher's logits there [P; R]."""
+    """P, a prototype per position: the running mean of the teacher's logits there [P; R].
+
+    In the first epoch the Trainer sets the momentum to 0 [R].
+    """
 
     def __init__(self, num_patches, out_dim, momentum=0.75):
         super().__init__()
@@ -377,7 +387,7 @@ class SpatialPrototypes(nn.Module):
     def update(self, teacher_logits):
         """P <- m P + (1 - m) mean of teacher_logits (B, L, K); the first update copies the mean."""
         mean = gather(teacher_logits.float().mean(0, keepdim=True)).mean(0)    # (L, K)
-        # P is 0 before the first update only; `if P.any()` would wait for the GPU.
+        # P is 0 before the first update only; a Python `if` would synchronise with the GPU.
         weight = torch.where(self.prototypes.any(), 1 - self.momentum, 1.0)
         self.prototypes.lerp_(mean, weight)
 
@@ -387,7 +397,7 @@ class SpatialPrototypes(nn.Module):
         return sinkhorn(self.prototypes)
 
 
-# ---- Losses --------------------------------------------------------------------------------------
+# ---- Losses (Figs. 3 and 4) ----------------------------------------------------------------------
 
 def structure_consistency_loss(logits, assignment, normal, temperature=0.1):
     """L_stru: every normal token predicts the soft assignment of its position [P; R].
@@ -406,10 +416,9 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
         s_ij = cos(Q^S_ij, P_j) / temperature
         mean over (i, j) in N of  - log  exp s_ij / (exp s_ij + mean over A at j of exp s_aj)
 
-    A stand-in, replace it as you like: written without access to the full text of the paper; its
-    formula for L_cate is not known here, and the released code lacks it. Ours is InfoNCE with the
-    prototype as the anchor. With the mean of the negatives, not their sum, it is log 2 if tokens
-    are indistinguishable, for any batch size.
+    A stand-in: we had no access to the full text of the paper, and the released code lacks L_cate.
+    It is InfoNCE with the prototype, a constant here, as the anchor. With the mean of the negatives
+    instead of their sum, it is log 2 for any batch size if tokens are indistinguishable.
 
     logits (B, L, K), prototypes (L, K), normal and abnormal (B, L) bool -> scalar. Positions
     without both kinds of token are ignored; 0 if none is left.
@@ -418,10 +427,11 @@ def category_consistency_loss(logits, prototypes, normal, abnormal, temperature=
     # (eps: the gradient of zero vectors stays finite in half precision.)
     contrasted = abnormal.any(0)                           # positions with a negative, (L,)
     positive = normal & contrasted                                             # (B, L)
-    # The log of the mean over negatives. Positions without one keep all tokens, as the gradient of
-    # an empty logsumexp is NaN; they are not in `positive`.
-    log_sum = s.masked_fill(~abnormal & contrasted, -math.inf).logsumexp(0)    # (L,)
-    log_mean = log_sum - abnormal.sum(0).clamp_min(1).log()
+    # Where a position has no negative, all tokens stand in: its result is not used, but the
+    # gradient of an empty logsumexp would be NaN.
+    negative = abnormal | ~contrasted                                          # (B, L)
+    log_sum = s.masked_fill(~negative, -math.inf).logsumexp(0)                 # (L,)
+    log_mean = log_sum - negative.sum(0).log()
     # - log(exp s / (exp s + m)) = softplus(log m - s)
     return torch.where(positive, F.softplus(log_mean - s), 0).sum() / positive.sum().clamp_min(1)
 
@@ -449,7 +459,8 @@ def features(encoder, images):
 class AFiRe(nn.Module):
     """Student, teacher (its moving average), decoder and prototypes.
 
-    weights: of L_stru, L_cate and L_rest, 1 each [R for the two it has].
+    weights: of L_stru, L_cate and L_rest [R: 1 for L_stru and L_rest]. Call update_teacher after
+    each step of the optimiser.
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12,
@@ -479,19 +490,19 @@ class AFiRe(nn.Module):
         """
         if self.training:
             with torch.no_grad():
-                teacher_tokens = features(self.teacher["encoder"], normal)     # (B, L, D)
-                self.prototypes.update(self.teacher["head"](teacher_tokens))
+                tokens = features(self.teacher["encoder"], normal)             # E^T (B, L, D)
+                self.prototypes.update(self.teacher["head"](tokens))           # Q^T into P
 
-        abnormal = abnormal_tokens(mask, self.patch_size)                      # (B, L)
-        tokens = self.student["encoder"](normalise(lesioned))                  # (B, 1 + L, D)
-        logits = self.student["head"](tokens[:, 1:])                           # (B, L, K)
-        restored = self.decoder(tokens, abnormal)                              # (B, 3, H, W)
+        tokens = self.student["encoder"](normalise(lesioned))                  # E^S (B, 1 + L, D)
+        logits = self.student["head"](tokens[:, 1:])                           # Q^S (B, L, K)
+        abnormal = abnormal_tokens(mask, self.patch_size)                      # A (B, L)
+        restored = self.decoder(tokens, abnormal)              # Task II, (B, 3, H, W)
 
-        # Task I compares with all images of the batch, as one process would see it [D].
+        # Task I compares with the tokens of all processes, as a single process would [D].
         logits = gather(logits)
         abnormal = gather(abnormal)
-        prototypes = self.prototypes.prototypes                                # (L, K)
-        assignment = self.prototypes.assignment()                              # (L, K)
+        prototypes = self.prototypes.prototypes                                # P (L, K)
+        assignment = self.prototypes.assignment()                              # C (L, K)
         losses = {"structure": structure_consistency_loss(logits, assignment, ~abnormal),
                   "category": category_consistency_loss(logits, prototypes, ~abnormal, abnormal),
                   "restoration": restoration_loss(restored, normalise(normal))}
@@ -512,7 +523,7 @@ ARCHITECTURES = {
                       bottleneck_dim=128, decoder_dim=64, decoder_depth=2, decoder_heads=2),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}                   # [P]
-PRESETS = {                                # paper is the release's recipe for one GPU, small ours
+PRESETS = {                                # paper: the release's recipe for one GPU; small: ours
     "paper": dict(arch="vit_base", img_size=224, patch_size=16, levels="file", epochs=400,
                   batch_size=64, lr=5e-4, warmup_epochs=10, teacher_momentum=0.996,
                   structure_weight=1.0, category_weight=1.0, restoration_weight=1.0),
@@ -535,7 +546,7 @@ def number(kind, minimum, maximum=10 ** 9):
 
 
 def parse_arguments(argv=None):
-    """The command line: -> its options. What is given overrides the preset."""
+    """The command line: -> its options. Explicit options override the preset."""
     parser = argparse.ArgumentParser(prog="afire.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pretrain = commands.add_parser(
@@ -551,7 +562,7 @@ def parse_arguments(argv=None):
             "without it all images are normal; in eval, scored")
         add("--device", default="auto", help="cpu, cuda, cuda:1 or mps; default: cuda, or else cpu")
         add("--levels", choices=("file", "equal"), help="grey levels as in the file, or equalised; "
-            "in eval, by default as the encoder was trained, if that is known, or file")
+            "default in eval: as in pre-training if that is known, else file")
     add("--ckpt", default="runs/afire", help="folder of a run (default: runs/afire), or a ViT")
     add("--out", help="folder for the results; default: eval in the run's folder")
     add = pretrain.add_argument
@@ -658,7 +669,7 @@ class Trainer:
             self.parallel = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
 
     def schedules(self, iteration):
-        """-> learning rate, weight decay, momentum of the teacher, of the step of this number."""
+        """-> learning rate, weight decay and momentum of the teacher at this iteration."""
         warmup = self.options.warmup_epochs * self.per_epoch
         total = self.options.epochs * self.per_epoch
         peak = self.options.lr * self.options.batch_size / 256
@@ -704,8 +715,8 @@ def processes():
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     if rank >= world or (world > 1 and "MASTER_ADDR" not in os.environ):
-        raise InputError(f"RANK {rank} and WORLD_SIZE {world} are not of torchrun: use it, or "
-                         "unset them")
+        raise InputError(f"RANK {rank} and WORLD_SIZE {world} were not set by torchrun: start "
+                         "with it, or unset them")
     return rank, world
 
 
@@ -885,8 +896,8 @@ class PatchMeans(nn.Module):
 def average_in_cells(tokens, cells=4):
     """Tokens averaged in cells x cells parts of their grid [D]: (B, L, D) -> (B, D * cells ** 2).
 
-    A probe on them keeps the place, which the mean of all tokens loses. Tokens of a smaller grid,
-    and of one number (PatchMeans), are not averaged.
+    A probe on them knows the position, which the mean of all tokens loses. Tokens of a smaller
+    grid, and tokens of a single channel (PatchMeans), are not averaged.
     """
     grid = unpatchify(tokens, 1)                                               # (B, D, side, side)
     if grid.shape[1] > 1 and grid.shape[3] > cells:
@@ -897,8 +908,8 @@ def average_in_cells(tokens, cells=4):
 def linear_probe(x, y, penalty=None):
     """Ridge regression on standardised x [D]: (n, D), y (n, F) bool -> weight (D, F), bias (F,).
 
-    The penalty is D / 2 by default: of 10, 100, 1,000 and 10,000 for 2,048 features, 1,000 was best
-    for AFiRe, MAE and the untrained network together, on patients held out of training.
+    The penalty is D / 2 by default: among 10, 100, 1,000 and 10,000 for 2,048 features, 1,000 was
+    best for AFiRe, MAE and the untrained network together, on patients held out of training.
     """
     penalty = x.shape[1] / 2 if penalty is None else penalty
     mean = x.mean(0)
@@ -968,7 +979,7 @@ def anomaly_maps(images, rows, device, encoder, model=None, normals=(), bar=None
     neighbours   neighbour_score
 
     images (n, 1, S, S) uint8; model: an AFiRe, which the first two scores need; normals: rows of
-    normal images, which the third one needs; bar: as of in_batches.
+    normal images, which the third one needs; bar: see in_batches.
     """
     names = []
     if model:
@@ -1021,10 +1032,9 @@ def pixel_scores(maps, masks):
 
 
 def masks_of_test(data):
-    """Which test images are measured by pixel, (T,) bool, and their masks, (m, S, S) bool.
+    """The test images that the pixel AUROC is of, (T,) bool, and their masks, (m, S, S) bool.
 
-    Those are normal images, in which nothing is inside a mask, and abnormal ones with a mask. Where
-    no abnormal image has one, none is measured.
+    Normal images, whose mask is empty, and abnormal ones with a mask; none if no image has one.
     """
     abnormal = data.labels[data.test].any(1)                                   # (T,)
     has_mask = abnormal & np.isin(data.test, list(data.masks))
@@ -1045,7 +1055,7 @@ def evaluate_network(encoder, model, data, measured, masks, normals, device, bar
     """All metrics of a network: -> report for metrics.json, arrays for predictions.npz.
 
     model: the AFiRe of the encoder, or None; data: Radiographs; measured, masks: as by
-    masks_of_test; normals, bar: as of anomaly_maps.
+    masks_of_test; normals, bar: see anomaly_maps.
     """
     truth = data.labels[data.test]                                             # (T, F)
     report = {"linear": {}, "anomaly": {}}
@@ -1128,7 +1138,7 @@ def write_maps(out, data, maps, seen):
 
 
 def results_folder(path, run, name):
-    """RUN/name for the checkpoint of a run, name-FILE beside the file of an encoder alone."""
+    """Where results go: RUN/name for a run, name-FILE beside the file of an encoder alone."""
     path = path.resolve()                                  # of a link, its target's
     return Path(os.path.relpath(path.parent), name if run else f"{name}-{path.name}")
 
@@ -1153,8 +1163,8 @@ def without_pretrained(data, seen):
     known = np.isin(patients[data.test], patients[seen])                       # (T,)
     if known.any():
         images = seen[data.test].sum()
-        print(f"{images} test images left out, as pre-training has seen them, and "
-              f"{known.sum() - images} others of the patients it has seen")
+        print(f"{images} test images left out, as they were used in pre-training, and "
+              f"{known.sum() - images} others of the same patients")
     return data.test[~known]
 
 
@@ -1291,7 +1301,7 @@ def trained_images(checkpoint, path):
     """Hashes of the files that a checkpoint was pre-trained on, to keep them out of the test."""
     hashes = checkpoint.get("images", ["unknown"]) + checkpoint.get("earlier_images", [])
     if "unknown" in hashes:
-        print(f"{path} does not say what it was trained on: that may be among the test images")
+        print(f"{path} does not record its training images: some may be among the test images")
     return hashes
 
 
@@ -1363,19 +1373,19 @@ def load_encoder(path, img_size=None, checkpoint=None):
     return vit
 
 
-# ---- Data: a folder and the table that says everything about it ----------------------------------
+# ---- Data: a folder of images and its table ------------------------------------------------------
 
 @dataclasses.dataclass
 class Radiographs:
-    """n images with F findings, which are either to train on or held out for testing."""
+    """n images with F findings. Unusable and equal files are neither in train nor in test."""
     names: list                   # n paths below the data folder, with /
     images: np.ndarray            # (n, 1, S, S) uint8, memory-mapped
     labels: np.ndarray            # (n, F) bool
     findings: list                # F names
     patients: list                # n names; an image's own name where the patient is unknown
     hashes: list                  # n, of the files' bytes: an image is known by its content
-    train: np.ndarray             # rows to train on. Unusable and equal files have a row, but are
-    test: np.ndarray              # neither in train nor among those held out, in test
+    train: np.ndarray             # rows to train on
+    test: np.ndarray              # rows that are held out
     masks: dict                   # row of test: (S, S) bool, where its findings are, if known
 
     def used(self):
@@ -1414,14 +1424,14 @@ def read_image(file, size, levels="file"):
 def read_mask(file, image, size):
     """The mask of an image, both paths: -> (size, size) bool, True where most of it is white."""
     try:
-        with Image.open(file) as mask, Image.open(image) as film:
+        with Image.open(file) as mask, Image.open(image) as source:
             ImageOps.exif_transpose(mask, in_place=True)
-            if film.format == "JPEG" or "exif" in film.info:   # else Pillow decodes all of a PNG
-                ImageOps.exif_transpose(film, in_place=True)
+            if source.format == "JPEG" or "exif" in source.info:   # else Pillow decodes a whole PNG
+                ImageOps.exif_transpose(source, in_place=True)
             levels = np.asarray(mask.convert("L"))
-            if mask.size != film.size or 0 < levels.max() < 128:
+            if mask.size != source.size or 0 < levels.max() < 128:
                 raise ValueError(f"its {mask.size} pixels, levels up to {levels.max()}, must be "
-                                 f"{film.size}, white (255) where the findings are")
+                                 f"{source.size}, white (255) where the findings are")
     except Exception as error:                             # a decoder can raise anything
         raise InputError(f"the mask {file} of {image} cannot be used: {error}") from error
     return np.asarray(Image.fromarray(levels).resize((size, size), Image.Resampling.BOX)) > 127
@@ -1430,7 +1440,7 @@ def read_mask(file, image, size):
 def find_files(folder, *suffixes):
     """Paths below a folder, with /, of files that have one of the suffixes and are not hidden.
 
-    The folder of a run is passed over: its pictures are not radiographs.
+    The folders of runs are skipped: their pictures are not radiographs.
     """
     hidden = (".", "@", "$", "__MACOSX")
     names = []
@@ -1448,7 +1458,7 @@ def find_files(folder, *suffixes):
 
 
 def read_folder(folder, all_normal):
-    """Rows as of read_table: all images are normal and to train on.
+    """Rows as from read_table: all images are normal and to train on.
 
     Without all_normal, a folder in which there may be anything else is refused.
     """
@@ -1543,7 +1553,7 @@ def decode_files(paths, size, levels, cache):
     for path in paths:
         status = os.stat(path, follow_symlinks=os.path.exists(path))   # a broken link has its own
         versions.append((path, status.st_size, status.st_mtime_ns))
-    rules = inspect.getsource(read_image)                  # whoever edits it gets a new cache
+    rules = inspect.getsource(read_image)                  # an edit of it gives a new cache
     key = hashlib.sha256(repr((rules, size, levels, versions)).encode()).hexdigest()[:16]
     file = Path(cache or "runs/cache", f"{key}.images")
     partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs at once write their own
@@ -1570,7 +1580,7 @@ def decode_files(paths, size, levels, cache):
 
 def load_radiographs(data, img_size, *, labels=None, levels="file", all_normal=False,
                      with_masks=True, cache=None):
-    """Radiographs of a folder, as its table says; all normal without one; phantoms without both."""
+    """-> Radiographs: of a folder and its table, of a folder of normal images, or phantoms."""
     if not data and not labels:
         print("without --data: 2,500 phantoms, a fifth of them held out")
         return phantom_radiographs(img_size)
@@ -1675,10 +1685,10 @@ def draw_phantom(rng, size):
     hilum = ellipse(lateral - 0.12, y + 0.05, 0.18, 0.25, 0.15)
     air = air * np.prod(1 - opacity, 0) * (0.65 - 0.25 * hilum)
     tissue = body * (0.8 + 0.25 * edge(y, 0.6)) - air
-    # Film: exposure and contrast vary, and grain is drawn last
-    film = (1 - np.exp(-draw(0.8, 3.6) * (tissue + bones))) ** draw(0.7, 2.6)
-    film += draw(0.008, 0.02) * rng.standard_normal((size, size))
-    return (255 * np.clip(0.03 + 0.93 * film, 0, 1)).astype(np.uint8), labels, masks
+    # Exposure and contrast vary, and grain is drawn last
+    image = (1 - np.exp(-draw(0.8, 3.6) * (tissue + bones))) ** draw(0.7, 2.6)
+    image += draw(0.008, 0.02) * rng.standard_normal((size, size))
+    return (255 * np.clip(0.03 + 0.93 * image, 0, 1)).astype(np.uint8), labels, masks
 
 
 def phantoms(n, size, seed=0):
@@ -1709,37 +1719,31 @@ def plot_images(file, columns, maps=None, captions=(), masks=()):
     images of the first column; masks: n arrays (S, S) bool, which are outlined, or None.
     """
     maps = maps or {}
-    films = next(iter(columns.values()))                                       # (n, S, S)
-    n, height, width = films.shape
-    scales = [0.05] if maps else []                        # a row below for the scales of the maps
-    figure = Figure(figsize=(2.2 * len(columns | maps), 2.2 * n + 0.5), layout="constrained")
-    axes = figure.subplots(n + len(scales), len(columns | maps), squeeze=False,
-                           height_ratios=[1] * n + scales)
-    for axis in axes[:n].flat:
-        axis.set(xticks=[], yticks=[])
+    first = next(iter(columns.values()))                                       # (n, S, S)
+    columns = columns | {score: first for score in maps}
+    n, height, width = first.shape
     extent = (0, width, height, 0)                         # in pixels of the image
+    figure = Figure(figsize=(2.2 * len(columns), 2.2 * n + 0.5), layout="constrained")
+    axes = figure.subplots(n, len(columns), squeeze=False)
     for column, (title, images) in zip(axes.T, columns.items()):
         column[0].set_title(title)
         for axis, image in zip(column, images):
+            axis.set(xticks=[], yticks=[])
             axis.imshow(image, "gray", vmin=images.min(), vmax=images.max(), extent=extent)
-        for axis in column[n:]:
-            axis.axis("off")
-    for column, (score, grids) in zip(axes.T[len(columns):], maps.items()):
-        column[0].set_title(score)
+    for column, grids in zip(axes.T[len(columns) - len(maps):], maps.values()):
         low, high = np.quantile(grids, [0.5, 1])
-        for axis, film, grid in zip(column, films, grids):
+        for axis, grid in zip(column, grids):
             opacity = ((grid - low) / max(high - low, 1e-6)).clip(0, 0.7)
-            axis.imshow(film, "gray", vmin=films.min(), vmax=films.max(), extent=extent)
             overlay = axis.imshow(grid, "inferno", vmin=low, vmax=high, alpha=opacity,
                                   interpolation="bilinear", extent=extent)
-        figure.colorbar(overlay, cax=column[n], orientation="horizontal")
+        figure.colorbar(overlay, ax=column, location="bottom", aspect=30, pad=0.01)
     for row, caption, mask in zip(axes, captions, masks):
         text = caption.encode(errors="replace").decode()   # file names may have any bytes, and $
         row[0].text(0.02, 0.98, text, transform=row[0].transAxes, verticalalignment="top",
                     fontsize=7, color="white", backgroundcolor="#000000a0", parse_math=False,
                     in_layout=False)
-        for axis in row:
-            if mask is not None:
+        if mask is not None:
+            for axis in row:
                 axis.contour(mask, [0.5], colors="cyan", linewidths=0.8, origin="upper",
                              extent=extent)
     figure.savefig(file, dpi=100)
@@ -1747,7 +1751,7 @@ def plot_images(file, columns, maps=None, captions=(), masks=()):
 
 @torch.no_grad()
 def plot_restoration(file, model, normal):
-    """x, x', which tokens are hidden, and x' with these restored: images (B, 1, H, W)."""
+    """x, x', x' without the patches of abnormal tokens, and these restored: (B, 1, H, W)."""
     lesioned, mask = synthetic_lesion_mask(normal, torch.Generator().manual_seed(0))
     abnormal = abnormal_tokens(mask, model.patch_size)                         # (B, L)
     restored = model.decoder(model.student["encoder"](normalise(lesioned)), abnormal)
@@ -1756,7 +1760,7 @@ def plot_restoration(file, model, normal):
     hidden = unpatchify(abnormal.unsqueeze(2).expand(-1, -1, model.patch_size ** 2),
                         model.patch_size)                                      # (B, 1, H, W) bool
     columns = {"x": normal, "x' = x + M": lesioned,
-               "hidden tokens": lesioned.masked_fill(hidden, 0),
+               "without hidden patches": lesioned.masked_fill(hidden, 0),
                "x', hidden patches restored": torch.where(hidden, restored, lesioned)}
     plot_images(file, {title: images[:, 0].cpu().numpy() for title, images in columns.items()})
 
@@ -1764,7 +1768,7 @@ def plot_restoration(file, model, normal):
 # ---- Command line --------------------------------------------------------------------------------
 
 def main(argv=None):
-    """python afire.py pretrain | eval: bad input ends in one sentence and status 2."""
+    """python afire.py pretrain | eval; on bad input, one sentence and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may have any bytes
     options = parse_arguments(argv)

@@ -1609,7 +1609,7 @@ def test_eval_takes_any_encoder_and_names_what_is_left_out(tmp_path, radiographs
                 f"{radiographs}/labels.csv", "--device", "cpu"])
     unmasked = [row for row in read_rows(radiographs / "labels.csv")
                 if row["split"] == "test" and row["findings"] and not row["mask"]]
-    assert_printed(capsys, "does not say what it was trained on", "prototype and restoration",
+    assert_printed(capsys, "does not record its training images", "prototype and restoration",
                    f"{len(unmasked)} abnormal test images have no mask: not counted")
     report = json.loads((tmp_path / "eval-vit.pth/metrics.json").read_text())
     assert set(report["checkpoint"]["anomaly"]) == {"neighbours"}
@@ -2059,8 +2059,8 @@ def draw(monkeypatch, tmp_path):
         afire.plot_images(tmp_path / "a.png", *arguments)
         picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"), float)
         grid = figures[0].axes[0].get_gridspec()
-        axes = np.reshape(figures[0].axes, (grid.nrows, grid.ncols))
-        axes = axes[:len(arguments[0]["image"])]           # without the scales
+        axes = figures[0].axes[:grid.nrows * grid.ncols]   # without the scales
+        axes = np.reshape(axes, (grid.nrows, grid.ncols))
         points = np.indices((16, 16)).reshape(2, -1).T[:, ::-1] + 0.5
         colours = {}
         for place in np.ndindex(axes.shape):

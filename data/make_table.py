@@ -18,7 +18,7 @@ The split is the published one. Where there is none, or with --no-split, a fixed
 patients is held out as test; where there are no findings either, all images are for train.
 
 dicom, medmnist, rsna and vindr are not PNG or JPEG: they are written as PNG below the folder of
---images, which is for one SOURCE alone. A second start skips what is there. The PNG of a DICOM file
+--images, which is for one SOURCE alone. A second run skips existing files. The PNG of a DICOM file
 has what a viewer shows: its modality LUT, its VOI LUT or first window, inverted for MONOCHROME1 or
 INVERSE, padding at the darkest level of the rest. If at most 8 bits are stored and the levels shown
 are integers from 0 to 255, they are kept in a PNG of 8 bits. Otherwise it has 16 bits, and the
@@ -27,8 +27,8 @@ darkest level becomes 0: integers are shifted if they fit, other levels are scal
 
 With --masks, nih, rsna and vindr write the published boxes as masks of the images' size.
 
-Images that are neither normal nor have a finding, rows without a file, and names that cannot stand
-in the table are left out, and people in test are left out of train. Counts go to stderr, with the
+Images without a label, rows without a file, and names that the table cannot represent are left out,
+and patients in test are left out of train. Counts go to stderr, with the
 first file of each reason. So does bad input, in one sentence, with status 2.
 """
 
@@ -64,7 +64,7 @@ CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Op
 # Images in train, val and test. Other sets of MedMNIST have arrays of the same shape.
 MEDMNIST = {(78468, 11219, 22433): CHESTXRAY14, (4708, 524, 624): ["pneumonia"]}
 # What a frontal chest radiograph may have in its DICOM header. XR is not in the standard, but used.
-FILM = {"Modality": r"^(CR|DR|DX|RG|XR)$",
+CHEST_IMAGE = {"Modality": r"^(CR|DR|DX|RG|XR)$",
         "ViewPosition": r"(?<![A-Z])(AP|PA|FRONTAL)(?![A-Z])",
         "BodyPartExamined": r"CHEST|THORA|TORAX|LUNG"}
 WITHOUT_FILE = "without a file"
@@ -208,7 +208,7 @@ def join(ours, theirs, our_name, their_name):
 
 
 def is_mask(path):
-    """Is a file, or a folder that it is in, called so?"""
+    """Does the path of a file contain the word mask?"""
     return "mask" in path.lower()
 
 
@@ -238,7 +238,7 @@ def passed_over(file, path, wanted):
     if bad_name(path):
         return bad_name(path)
     if not (file.is_file() and os.access(file, os.R_OK)):
-        return "that are links to folders, broken links or without access"
+        return "that are links to folders, broken links or not readable"
     if wanted(file):
         return ""
     if wanted is is_dicom:
@@ -264,10 +264,10 @@ def find_files(folder, wanted):
     return paths, left_out
 
 
-def find_films(folder, wanted):
-    """As find_files, without masks: files called so, and files in folders called so."""
+def find_images(folder, wanted):
+    """As find_files, without masks: files whose path contains the word mask."""
     paths, left_out = find_files(folder, wanted)
-    left_out += [LeftOut(path, "called mask, or in a folder called so") for path in paths
+    left_out += [LeftOut(path, "with mask in their path") for path in paths
                  if is_mask(path)]
     return [path for path in paths if not is_mask(path)], left_out
 
@@ -434,7 +434,7 @@ def is_written(file, origin):
 
 
 def write_png(file, pixels, origin):
-    """Writes an image whole or not at all, so that a start after a kill can trust what is there."""
+    """Writes an image whole or not at all, so that a later run can rely on what exists."""
     from PIL import Image, PngImagePlugin
     text = PngImagePlugin.PngInfo()
     text.add_text("origin", origin)
@@ -446,9 +446,9 @@ def write_png(file, pixels, origin):
     os.replace(partial, file)
 
 
-def check_film(header):
+def check_header(header):
     """Raises CannotShow if a DICOM header says that this is no frontal chest radiograph."""
-    for name, wanted in FILM.items():
+    for name, wanted in CHEST_IMAGE.items():
         value = str(header.get(name) or "").strip().upper()
         if value and not re.search(wanted, value):
             raise CannotShow(f"with {name} {value}")
@@ -470,7 +470,7 @@ def convert(rows, source, images, check=lambda header: None):
         target = images / f"{row.image}.png"
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True,
-                                     specific_tags=["SOPInstanceUID", "PatientID", *FILM])
+                                     specific_tags=["SOPInstanceUID", "PatientID", *CHEST_IMAGE])
             check(header)
             origin = f"{zlib.crc32(str(header.get('SOPInstanceUID')).encode()):08x}"
             patient = str(header.get("PatientID") or "").strip()
@@ -577,7 +577,7 @@ def table(options):
                   split[1].lower() if split else "", row["mask"])
         first, other = seen.setdefault(row.image, (number, row))
         if other != row:
-            raise InputError(f"{line} says something else about {row.image} than line {first}: "
+            raise InputError(f"{line} contradicts line {first} about {row.image}: "
                              "remove one of them")
     if doubtful:
         say(f"{len(doubtful)} rows have findings that may be several, which are joined by |; the "
@@ -626,7 +626,7 @@ def chexpert(options):
     """CheXpert: train.csv, and valid.csv as the test part if there is to be a split.
     Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,...,Support Devices
 
-    Frontal views. -1 (uncertain) and blank are absent. Support Devices are not a finding: a film
+    Frontal views. -1 (uncertain) and blank are absent. Support Devices are not a finding: an image
     with a pacemaker and nothing else is labelled No Finding. The images may lie in any folders
     below SOURCE, or below --data, such as CheXpert-v1.0 batch 2 (train 1): they are found by
     patientN/studyN/NAME. The CSV files may lie in a folder of SOURCE called CheXpert...
@@ -672,23 +672,23 @@ def mimic(options):
     studies = {}
     for row in read("chexpert", ["study_id", *CHEXPERT]):
         studies[row["study_id"]] = findings_in(row, CHEXPERT)
-    films = {}
+    rows = {}
     known = {}
     for row in read("metadata", ["dicom_id", "subject_id", "study_id", "ViewPosition"]):
         patient = row["subject_id"]
         study = row["study_id"]
-        film = row["dicom_id"]
+        name = row["dicom_id"]
         view = row["ViewPosition"]
-        image = f"files/p{patient[:2]}/p{patient}/s{study}/{film}.jpg"
+        image = f"files/p{patient[:2]}/p{patient}/s{study}/{name}.jpg"
         known[study] = True
         if view in ("PA", "AP"):
-            films[film] = Row(image, studies.get(study), patient, split.get(film, ""))
+            rows[name] = Row(image, studies.get(study), patient, split.get(name, ""))
         else:
-            films[film] = LeftOut(image, f"with ViewPosition {view or 'unknown'}")
+            rows[name] = LeftOut(image, f"with ViewPosition {view or 'unknown'}")
     join(studies, known, "studies of the chexpert file", "studies of the metadata")
     if split:
-        join(split, films, "films of the split file", "films of the metadata")
-    return match_files(films.values(), images_below(options), options.data)
+        join(split, rows, "images of the split file", "images of the metadata")
+    return match_files(rows.values(), images_below(options), options.data)
 
 
 def rsna(options):
@@ -697,8 +697,9 @@ def rsna(options):
     patientId,x,y,width,height,Target
 
     The images are stage_2_train_images/PATIENTID.dcm. All classes but Normal are findings. There is
-    no split. Each film has a patientId of its own, though they come from ChestX-ray14: which films
-    are of one person is unknown. The boxes for --masks are those of stage_2_train_labels.csv.
+    no split. Each image has a patientId of its own, though they come from ChestX-ray14, so which
+    images are of one patient is unknown. The boxes for --masks are those of
+    stage_2_train_labels.csv.
     """
     rows = {}
     source = options.source
@@ -748,10 +749,10 @@ def kermany(options):
 
     Patients are IM-0429, NORMAL2-IM-0246 and person1000, each of train or of test (person1 of train
     is not person1 of test), and the long numbers. Bacteria and virus of one number may be two
-    people, but count as one, so that nobody is in both train and test.
+    patients, but count as one, so that no patient is in both train and test.
     """
     kinds = r"(?:NORMAL|BACTERIA|VIRUS)-(\d+)-|(?:NORMAL2-)?IM-\d+(?=-)|person\d+(?=_)"
-    paths, left_out = find_films(options.source, is_image)
+    paths, left_out = find_images(options.source, is_image)
     yield from left_out
     for path in paths:
         match = re.match(kinds, path.split("/")[-1])
@@ -759,8 +760,8 @@ def kermany(options):
             raise InputError(f"{path} is not named as in this set: remove it, or use folders")
         split = part_of(path)
         findings = ["pneumonia"] if match[0].startswith(("person", "BACTERIA", "VIRUS")) else []
-        person = f"{split}/{match[0]}" if split in ("train", "test") else match[0]
-        yield Row(path, findings, match[1] or person, split)
+        patient = f"{split}/{match[0]}" if split in ("train", "test") else match[0]
+        yield Row(path, findings, match[1] or patient, split)
 
 
 def lists(options):
@@ -780,18 +781,19 @@ def lists(options):
             if path:
                 lines.append((path, flags.split(), split))
     style = r"(?:^|/)(000\d{5})_\d{3}\.\w+$|(patient\d+)/"
-    people = [re.search(style, path) for path, _, _ in lines]
-    nih_names = all(person and person[1] for person in people)
+    matches = [re.search(style, path) for path, _, _ in lines]
+    nih_names = all(match and match[1] for match in matches)
     rows = []
-    for (path, flags, split), person in zip(lines, people):
+    for (path, flags, split), match in zip(lines, matches):
         if not flags or len(flags) != len(lines[0][1]):
             raise InputError(f"{path} is followed by {len(flags)} zeros and ones in the list, the "
-                             f"first path by {len(lines[0][1])}: give each path the same number")
+                             f"first path by {len(lines[0][1])}: give every path as many")
         names = [f"finding_{i}" for i in range(1, len(flags) + 1)]
         if len(flags) == 14 and nih_names:
             names = CHESTXRAY14
         findings = [name for name, flag in zip(names, flags) if flag == "1"]
-        rows.append(Row(path, findings, person[person.lastindex] if all(people) else "", split))
+        patient = match[match.lastindex] if all(matches) else ""
+        rows.append(Row(path, findings, patient, split))
     return match_files(rows, images_below(options), options.data) if options.data else rows
 
 
@@ -845,7 +847,7 @@ def folders(options):
     image are refused. Files called mask, and what is below a folder whose name contains mask, are
     left out. Patients are unknown without --patient.
     """
-    paths, left_out = find_films(options.source, is_image)
+    paths, left_out = find_images(options.source, is_image)
     return left_out + by_folders(paths, options.all_normal)
 
 
@@ -857,12 +859,12 @@ def dicom(options):
     out; one that is empty does no harm. Several frames, colours, a HighBit other than
     BitsStored - 1, a format that no installed package decodes, and damaged files are left out.
     """
-    paths, left_out = find_films(options.source, is_dicom)
+    paths, left_out = find_images(options.source, is_dicom)
     rows = by_folders(paths, options.all_normal, patient=None)
-    rows = convert(rows, options.source, options.images, check_film)
-    people = {row.patient for row in rows if isinstance(row, Row) and row.findings is not None}
-    if len(people) == 1 and people != {""}:
-        say(f"PatientID is {people.pop()} in all files: patients are unknown")
+    rows = convert(rows, options.source, options.images, check_header)
+    patients = {row.patient for row in rows if isinstance(row, Row) and row.findings is not None}
+    if len(patients) == 1 and patients != {""}:
+        say(f"PatientID is {patients.pop()} in all files: patients are unknown")
         rows = [row._replace(patient="") if isinstance(row, Row) else row for row in rows]
     return left_out + rows
 
@@ -879,11 +881,11 @@ def tidy(rows, options):
             continue
         if options.patient and row.findings is not None:
             match = re.search(options.patient, row.image)
-            person = match and match[min(1, match.re.groups)]
-            if not person:
+            patient = match and match[min(1, match.re.groups)]
+            if not patient:
                 raise InputError(f"{row.image} does not match --patient {options.patient}: correct "
                                  "it")
-            row = row._replace(patient=person)
+            row = row._replace(patient=patient)
         if options.no_split:
             row = row._replace(split="")
         if " and " in row.split:
@@ -902,7 +904,7 @@ def tidy(rows, options):
         elif bad_name(row.image):
             left_out.append(LeftOut(row.image, bad_name(row.image)))
         elif NOT_UTF8.search("".join(row)):
-            left_out.append(LeftOut(row.image, "with letters that are not UTF-8"))
+            left_out.append(LeftOut(row.image, "with characters that are not UTF-8"))
         else:
             rows.append(row)
     return rows, left_out
@@ -925,7 +927,7 @@ def report_left_out(left_out):
 
 
 def hold_out(rows, own_split):
-    """Rows with a split in which nobody is in train and in test."""
+    """Rows with a split in which no patient is in both train and test."""
     parts = {row.split for row in rows if row.split}
     if parts == {"train"} and not own_split:               # train alone is no split
         unused = [row for row in rows if not row.split]
@@ -944,12 +946,12 @@ def hold_out(rows, own_split):
     tested = {row.patient for row in rows if row.split == "test" and row.patient}
     both = {row.image for row in rows if row.split == "train" and row.patient in tested}
     if both:
-        say(f"out of train: {len(both)} of people in test")
+        say(f"left out of train: {len(both)} images of patients in test")
     return [row._replace(split="") if row.image in both else row for row in rows]
 
 
 def check_patients(rows):
-    """Says which patients may be one person in two spellings, and who has very many images."""
+    """Says which patients may be one in two spellings, and which have very many images."""
     spellings = collections.defaultdict(dict)
     images = collections.Counter()
     for row in rows:
@@ -978,10 +980,10 @@ def report(rows):
     for name, splits in (("all", ("train", "test", "")), ("train", ("train",)),
                          ("test (held out)", ("test",)), ("in neither", ("",))):
         part = [row for row in rows if row.split in splits]
-        people = len({row.patient or row.image for row in part})
+        patients = len({row.patient or row.image for row in part})
         normal = sum(not row.findings for row in part)
         if part or name != "in neither":
-            say(f"{name}: {len(part)} images of {people} patients, {normal} of them normal")
+            say(f"{name}: {len(part)} images of {patients} patients, {normal} of them normal")
     unknown = sum(not row.patient for row in rows)
     if unknown:
         say(f"patient unknown for {unknown} images: each counts as a patient of its own")

@@ -289,7 +289,7 @@ def test_nih(tmp_path):
     (tmp_path / rows[0].split(",")[0]).rename(tmp_path / "images_001/images/00000001_000.png")
     found, said = make_table("nih", tmp_path)
     assert found == [f"images_001/images/{rows[0]}train", rows[1], rows[2] + "test", rows[3]]
-    assert re.search("^out of train: 1 ", said, re.M)
+    assert re.search("^left out of train: 1 ", said, re.M)
     assert counts(said, "all") == [4, 3, 1] and counts(said, "train") == [1, 1, 0]
     assert counts(said, "test") == [1, 1, 0] and counts(said, "in neither") == [2, 2, 1]
     assert "patient unknown" not in said
@@ -1003,7 +1003,7 @@ def test_dicom_is_known_by_its_content_and_its_folders_say_the_rest(tmp_path):
         "Chest_Test/NORMAL/a.dcm.png,,P1,test", "Chest_Test/NORMAL/a.dicom.png,,P2,test",
         "train/x/COVID/deep/IM0001.png,covid,P1,", "train/x/NORMAL/a.png.png,,P3,train"]
     assert sorted(left_out(counts)) == [1, 1, 1, 2]             # name, mask, hidden, no DICOM
-    assert "out of train: 1 of people in test" in counts
+    assert "left out of train: 1 images of patients in test" in counts
     assert sorted(times(tmp_path / "in.png")) == [row.split(",")[0] for row in rows]
 
 
@@ -1265,7 +1265,7 @@ def test_vindr(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_every_file_that_pydicom_ships_is_an_image_or_has_its_reason(tmp_path, monkeypatch):
     """They are compressed, damaged, coloured, of several frames and of odd bits, few of chests."""
-    monkeypatch.setattr(script, "check_film", lambda header: None)
+    monkeypatch.setattr(script, "check_header", lambda header: None)
     folder = tmp_path / "in"
     shutil.copytree(Path(pydicom.__file__).parent / "data", folder,
                     ignore=shutil.ignore_patterns("__pycache__"))
