@@ -19,7 +19,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import afire
@@ -87,17 +85,12 @@ def timm_vit(**options):
 
 
 def refusal(capsys, arguments):
-    """The command ends with status 2: -> the sentence that it prints, in a line of its own, below
-    nothing but progress bars and argparse's usage."""
+    """The command ends with status 2: -> the sentence that it prints, in a line of its own."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         afire.main([str(argument) for argument in arguments])
     assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    above, _, sentence = error.removesuffix("\n").rpartition("\n")
-    bars = re.sub(r"\r?(decode|pretrain):[^\r\n]*", "", above)
-    assert not bars.strip() or bars.startswith("usage:"), error
-    return sentence
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -217,13 +210,6 @@ def test_lesions_brighten_up_to_235_only(height, width, seed, dtype, scale, half
 
 # ---- Vision Transformer --------------------------------------------------------------------------
 
-def test_patchify_cuts_rows_of_patches_and_unpatchify_undoes_it():
-    images = torch.randn(2, 3, 32, 32)
-    patches = afire.patchify(images, 8)
-    assert torch.equal(patches[1, 6], images[1, :, 8:16, 16:24].flatten())
-    assert torch.equal(afire.unpatchify(patches, 8), images)
-
-
 @pytest.mark.parametrize("module", [afire.ViT(40, 8, 3, 24, 1, 1),
                                     afire.Decoder(40, 8, 3, 12, 24, 1, 1)])
 def test_positions_are_those_of_mae(module):
@@ -234,12 +220,15 @@ def test_positions_are_those_of_mae(module):
     assert_close(module.pos_embed[0], torch.tensor([[0.0] * 24, *expected]), atol=1e-6, rtol=0)
 
 
-def test_weights_start_as_xavier_and_biases_at_zero():
-    model = tiny_model(embed_dim=64, decoder_dim=64)
+def test_weights_start_as_they_should_and_biases_at_zero():
+    model = tiny_model(embed_dim=64, decoder_dim=64, head_dim=64, bottleneck_dim=64)
     for module in (*model.student["encoder"].modules(), *model.decoder.modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             bound = math.sqrt(6 / (module.weight.shape[0] + module.weight[0].numel()))
             assert 0.99 * bound < module.weight.abs().max() <= bound and not module.bias.any()
+    head = model.student["head"]
+    assert 0.97 < head.last_layers.std() < 1.03 and 0.017 < head.mlp[2].weight.std() < 0.023
+    assert not any(layer.bias.any() for layer in head.mlp[::2])
 
 
 @torch.no_grad()
@@ -285,12 +274,6 @@ def test_head_gives_the_cosines_of_its_mlp_and_each_position_s_rows_in_full_prec
     assert (cosines - expected).abs().max() < 1e-5
 
 
-def test_the_head_s_weights_start_as_they_should():
-    head = afire.AnatomyHead(12, 9, 7, hidden_dim=64, bottleneck_dim=64)
-    assert 0.97 < head.last_layers.std() < 1.03 and 0.017 < head.mlp[2].weight.std() < 0.023
-    assert not any(head.mlp[i].bias.any() for i in (0, 2, 4))
-
-
 @pytest.mark.parametrize("shape, options", [
     ((16, 16), {}), ((1, 5), {}), ((9, 1), {}), ((30, 8), {"epsilon": 0.2, "iterations": 5})])
 def test_sinkhorn_equals_its_original_form(shape, options):
@@ -305,8 +288,8 @@ def test_sinkhorn_equals_its_original_form(shape, options):
         assert_close(afire.sinkhorn(huge, **options).sum(1), torch.ones(shape[0]))
 
 
-def test_prototypes_copy_the_first_mean_then_run_each_on_its_own():
-    first, second, third = torch.randn(3, 4, 6, 5, requires_grad=True)
+def test_prototypes_copy_the_first_mean_then_run():
+    first, second = torch.randn(2, 4, 6, 5, requires_grad=True)
     ours = afire.SpatialPrototypes(6, 5)
     ours.update(first)
     assert not ours.prototypes.requires_grad
@@ -315,13 +298,6 @@ def test_prototypes_copy_the_first_mean_then_run_each_on_its_own():
     expected = (0.75 * first.mean(0) + 0.25 * second.mean(0)).detach()
     assert_close(ours.prototypes, expected)
     assert_close(ours.assignment(), afire.sinkhorn(expected))
-    loaded = afire.SpatialPrototypes(6, 5, momentum=0.1)
-    loaded.load_state_dict(ours.state_dict())
-    loaded.update(third)                                               # not as if it were the first
-    assert_close(loaded.prototypes, 0.1 * expected + 0.9 * third.mean(0).detach())
-    loaded.momentum = 0.0
-    loaded.update(second)
-    assert torch.equal(loaded.prototypes, second.mean(0).detach())
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -390,14 +366,6 @@ def test_loss_is_finite_and_computed_in_full(name, batch, length, k, seed, dtype
     assert_close(value, LOSSES[name][0](logits.float(), *others))
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_the_category_loss_of_zero_logits_has_a_gradient_of_the_type(dtype):
-    logits, *others = loss_input("category")
-    logits = (0 * logits).to(dtype).requires_grad_()
-    afire.category_consistency_loss(logits, *others).backward()
-    assert logits.grad.isfinite().all() and 1 < logits.grad.abs().max() < 1e4
-
-
 # ---- AFiRe ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -423,13 +391,9 @@ def test_forward_equals_its_parts():
     assert (tiny_model().weights, tiny_model().prototypes.momentum) == ((1, 1, 1), 0.75)
 
 
-def test_the_teacher_starts_as_the_student():
-    model = tiny_model()
-    assert equal(model.teacher.state_dict(), model.student.state_dict())
-
-
 def test_student_and_decoder_learn_by_gradients_and_teacher_and_prototypes_do_not():
     model = tiny_model()
+    assert equal(model.teacher.state_dict(), model.student.state_dict()), "at the start"
     model(*tiny_batch())["loss"].backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     names = {n for n, _ in model.named_parameters() if "teacher" not in n and "pos_embed" not in n}
@@ -441,58 +405,32 @@ def test_student_and_decoder_learn_by_gradients_and_teacher_and_prototypes_do_no
     assert torch.equal(model.prototypes.prototypes, prototypes), "they stay in eval mode"
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="here fake CUDA tensors need a CUDA driver")
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits():
-    """Fake CUDA tensors need no GPU; that the host uses the value of one is an error."""
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            model = tiny_model()
-            images = torch.rand(6, 1, 32, 32)
-        for generator in None, seeded():
-            lesions = afire.synthetic_lesion_mask(images, generator, offset=3)
-            losses = model(images, *lesions)
-            assert {value.device.type for value in (*lesions, *losses.values())} == {"cuda"}
-            model.update_teacher(0.9)
-
-
-COMPONENTS = {"synthetic_lesion_mask": lambda f: f(torch.rand(6, 1, 32, 32))[0],
-              "AFiRe": lambda f: f(32, 8, 32, 1, 2)(*torch.rand(3, 6, 1, 32, 32))["loss"]}
-
-
-@pytest.mark.parametrize("name", COMPONENTS)
-def test_a_component_runs_alone_with_the_helpers_that_it_names(name):
-    """AFiRe names all others, which are lifted out with it."""
+@pytest.mark.parametrize("name, call", [
+    ("synthetic_lesion_mask", lambda lesions: lesions(torch.rand(6, 1, 32, 32))[0]),
+    ("AFiRe", lambda method: method(32, 8, 32, 1, 2)(*torch.rand(3, 6, 1, 32, 32))["loss"])])
+def test_a_component_runs_with_the_definitions_alone_that_it_names(name, call):
     tree = ast.parse(Path(afire.__file__).read_text(encoding="utf-8"))
     definitions = {node.name: node for node in tree.body if hasattr(node, "name")}
-    names, queue = set(), [name]
-    while queue:
-        names.add(queue[-1])
-        used = {node.id for node in ast.walk(definitions[queue.pop()]) if type(node) is ast.Name}
-        queue += (used & definitions.keys()) - names
-    source = "\n".join(ast.unparse(node) for key, node in definitions.items() if key in names)
-    space = {"math": math, "np": np, "torch": torch, "nn": nn, "F": F}
-    exec(source, space)
+    needed = [name]
+    for found in needed:
+        used = {node.id for node in ast.walk(definitions[found]) if isinstance(node, ast.Name)}
+        needed += (used & definitions.keys()).difference(needed)
+    space = {"math": math, "torch": torch, "nn": nn, "F": F}
+    exec("\n".join(ast.unparse(definitions[found]) for found in needed), space)
     results = []
     for component in space[name], getattr(afire, name):
         torch.manual_seed(0)
-        results.append(COMPONENTS[name](component))
+        results.append(call(component))
     assert torch.equal(*results) and results[0].isfinite().all()
 
 
 # ---- Options and pre-training --------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-COMMAND = f"{sys.executable} {afire.__file__}"
 
 
 def options_of(command):
     return afire.parse_arguments(command.split())
-
-
-def shell(command, **options):
-    return subprocess.run(command, shell=True, timeout=170, capture_output=True, text=True,
-                          check=False, **options)
 
 
 def write_images(folder, images, names):
@@ -523,8 +461,7 @@ def pretraining(data, out):
 
 @pytest.fixture(scope="session")
 def radiographs(tmp_path_factory):
-    """72 phantoms, a third of them held out, a broken file, and their table labels.csv, in which
-    most abnormal images have a mask."""
+    """72 phantoms, a third held out, most abnormal ones with a mask, a broken file; labels.csv."""
     folder = tmp_path_factory.mktemp("radiographs")
     images, labels, masks, findings = afire.phantoms(72, 64)
     names = [f"{'train' if i % 3 else 'test'}/{'SICK' if sick else 'NORMAL'}/{i}.png"
@@ -584,16 +521,21 @@ RECIPE = ("arch", "img_size", "patch_size", "levels", "epochs", "batch_size", "l
           "teacher_momentum", "structure_weight", "category_weight", "restoration_weight")
 
 
-@pytest.mark.parametrize("preset, recipe", [
-    ("paper", ("vit_base", 224, 16, "file", 400, 64, 5e-4, 10, 0.996, 1, 1, 1)),
-    ("small", ("vit_micro", 64, 8, "equal", 38, 32, 8e-3, 3, 0.99, 1, 1, 1)),
-    ("phantoms", ("vit_micro", 64, 8, "file", 18, 16, 16e-3, 2, 0.97, 0.2, 0.2, 1))])
-def test_a_preset_is_this_recipe_and_what_is_typed_overrides_it(preset, recipe):
-    options = vars(options_of(f"pretrain --data x --preset {preset}"))
-    assert tuple(options[name] for name in RECIPE) == recipe and options["preset"] == preset
-    options = vars(options_of(f"pretrain --epochs 5 --preset {preset} --levels equal --lr 1"))
-    typed = {"epochs": 5, "levels": "equal", "lr": 1}
-    assert {name: options[name] for name in RECIPE} == {**dict(zip(RECIPE, recipe)), **typed}
+def test_presets_and_architectures_are_these_and_what_is_typed_overrides_them():
+    for preset, values in {
+            "paper": ("vit_base", 224, 16, "file", 400, 64, 5e-4, 10, 0.996, 1, 1, 1),
+            "small": ("vit_micro", 64, 8, "equal", 38, 32, 8e-3, 3, 0.99, 1, 1, 1),
+            "phantoms": ("vit_micro", 64, 8, "file", 18, 16, 16e-3, 2, 0.97, 0.2, 0.2, 1)}.items():
+        recipe = dict(zip(RECIPE, values, strict=True), preset=preset)
+        options = options_of(f"pretrain --data x --preset {preset}")
+        assert vars(options).items() >= recipe.items()
+        options = options_of(f"pretrain --epochs 5 --preset {preset} --levels equal --lr 1")
+        assert vars(options).items() >= {**recipe, "epochs": 5, "levels": "equal", "lr": 1}.items()
+    micro = dict(embed_dim=128, depth=4, num_heads=2, out_dim=64, head_dim=128, bottleneck_dim=128,
+                 decoder_dim=64, decoder_depth=2, decoder_heads=2)
+    assert afire.ARCHITECTURES == {"vit_micro": micro,
+                                   "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+                                   "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
 
 
 @pytest.mark.parametrize("gpu, command, preset", [
@@ -605,28 +547,14 @@ def test_the_preset_suits_data_and_device(monkeypatch, gpu, command, preset):
     assert options_of(f"pretrain {command}").preset == preset
 
 
-def test_an_architecture_has_these_sizes():
-    micro = dict(embed_dim=128, depth=4, num_heads=2, out_dim=64, head_dim=128, bottleneck_dim=128,
-                 decoder_dim=64, decoder_depth=2, decoder_heads=2)
-    assert afire.ARCHITECTURES == {"vit_micro": micro,
-                                   "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
-                                   "vit_base": dict(embed_dim=768, depth=12, num_heads=12)}
-
-
-@torch.no_grad()
-def test_options_weigh_the_losses():
-    model = afire.build_model(options_of("pretrain --img-size 32 --structure-weight 2 "
-                                         "--category-weight 3 --restoration-weight 5"))
-    losses = model(*tiny_batch())
-    expected = 2 * losses["structure"] + 3 * losses["category"] + 5 * losses["restoration"]
-    assert_close(losses["loss"], expected)
-
-
-def test_initial_weights_depend_on_the_seed_alone():
+def test_options_weigh_the_losses_and_initial_weights_depend_on_the_seed_alone():
     states = []
     for seed in 1, 2, 1:
         torch.rand(seed)
-        states.append(afire.build_model(options_of(f"pretrain --seed {seed}")).state_dict())
+        model = afire.build_model(options_of(f"pretrain --seed {seed} --structure-weight 2 "
+                                             "--category-weight 3 --restoration-weight 5"))
+        assert model.weights == (2, 3, 5)
+        states.append(model.state_dict())
     assert equal(states[0], states[2])
     for name in "student.encoder.blocks.0.attn.qkv.weight", "decoder.mask_token":
         assert not torch.equal(states[0][name], states[1][name])
@@ -693,7 +621,6 @@ def test_pretrain_leaves_what_it_should(run, radiographs):
     files = {"checkpoint.pth", "encoder.pth", "table.csv", "config.json", "log.jsonl",
              "restoration.png"}
     assert {file.name for file in run.iterdir()} - {"eval"} == files
-    assert json.loads((run / "config.json").read_text())["patch_size"] == 8
     assert (run / "table.csv").read_bytes() == (radiographs / "labels.csv").read_bytes()
     images = {hashlib.sha256(file.read_bytes()).hexdigest()[:16]
               for file in radiographs.glob("train/NORMAL/[0-9]*.png")}
@@ -727,37 +654,14 @@ def test_every_epoch_takes_other_images_each_once_and_logs_the_means_of_its_step
                                         **dict(zip(names, mean))}, rel=1e-5)
 
 
-def test_a_run_killed_within_a_save_resumes_bit_for_bit(run, radiographs, tmp_path):
-    """kill -9 when half of the third checkpoint is written."""
-    script = ("import os, signal, sys, torch, afire\nsave = torch.save\n"
-              "def kill(state, stream):\n"
-              "    if state['epoch'] == 3:\n"
-              "        stream.write(b'half of it')\n"
-              "        stream.flush()\n"
-              "        os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    save(state, stream)\n"
-              "torch.save = kill\nafire.main(sys.argv[1:])")
-    command = pretraining(radiographs, tmp_path)
-    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert load_run(tmp_path)[0]["epoch"] == 2 and (tmp_path / "checkpoint.partial").exists()
-    afire.main(command)
-    resumed, unbroken = [load_run(folder)[0] for folder in (tmp_path, run)]
-    resumed["config"]["out"] = unbroken["config"]["out"]
-    assert equal(resumed, unbroken)
-    assert (tmp_path / "log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize("command, function, resumes", [("pretrain", "pretrain", True),
-                                                        ("eval", "evaluate", False)])
-def test_ctrl_c_says_that_a_pre_training_resumes(monkeypatch, capsys, command, function, resumes):
-    monkeypatch.setattr(afire, function, Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit) as stopped:
-        afire.main([command])
-    printed = capsys.readouterr().out
-    assert stopped.value.code == 130 and "stopped" in printed
-    assert ("resumes" in printed) == resumes
+def test_ctrl_c_says_that_a_pre_training_resumes(monkeypatch, capsys):
+    for command, function in ("pretrain", "pretrain"), ("eval", "evaluate"):
+        monkeypatch.setattr(afire, function, Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(SystemExit) as stopped:
+            afire.main([command])
+        printed = capsys.readouterr().out
+        assert stopped.value.code == 130 and "stopped" in printed
+        assert ("resumes" in printed) == (command == "pretrain")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
@@ -787,48 +691,38 @@ def interrupt(command, epoch):
         afire.main(command)
 
 
-def test_a_moved_run_resumes_but_not_with_other_options_or_images(run, radiographs, tmp_path,
-                                                                 capsys):
+def test_a_moved_run_resumes_bit_for_bit_but_not_with_other_options_or_images(
+        run, radiographs, tmp_path, capsys):
     interrupt(pretraining(radiographs, tmp_path / "first"), 3)
     moved_run = (tmp_path / "first").rename(tmp_path / "run")
     moved_set = shutil.copytree(radiographs, tmp_path / "set")
     command = pretraining(moved_set, moved_run)
-    before = load_run(moved_run)
-    for change in "--arch vit_small", "--seed 7", "--lr 1", "--epochs 9", "--levels file":
-        name = change.split()[0].strip("-")
+    for change, before in {"--arch vit_small": "arch vit_micro", "--seed 7": "seed 0",
+                           "--lr 1": "lr 0.008", "--epochs 9": "epochs 5",
+                           "--levels file": "levels equal"}.items():
         sentence = refusal(capsys, [*command, *change.split()])
-        assert f"was started with {name} {before[0]['config'][name]}: repeat" in sentence
+        assert f"was started with {before}: repeat" in sentence
     labels = moved_set / "labels.csv"
     content = labels.read_text()
     labels.write_text(re.sub(r"^train/NORMAL/[0-9].*\n", "", content, count=1, flags=re.M))
     assert "was started with other images" in refusal(capsys, command)
-    assert equal(load_run(moved_run), before), "it was left as it was"
-    assert (moved_run / "table.csv").read_text() == content
-    labels.write_text(content)
-    (moved_run / "table.csv").write_text("as at the start")
+    labels.write_text(content + "\n")
     afire.main(command)
-    assert (moved_run / "table.csv").read_text() == "as at the start"
-    assert json.loads((moved_run / "config.json").read_text())["data"] == str(moved_set)
-    assert equal(load_run(moved_run)[0]["model"], load_run(run)[0]["model"])
-    assert (moved_run / "log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
-    other = load_run(moved_run)[0]
-    other["config"]["method"] = "MAE"
-    torch.save(other, moved_run / "checkpoint.pth")
-    assert "was started with method MAE" in refusal(capsys, command)
+    assert (moved_run / "table.csv").read_text() == content, "as at the start"
+    resumed, unbroken = load_run(moved_run), load_run(run)
+    for name in "data", "labels", "out":
+        resumed[0]["config"][name] = unbroken[0]["config"][name]
+    assert equal(resumed, unbroken)
 
 
-@pytest.mark.parametrize("key", ["config", "model", "images", "optimizer", "history",
-                                 "earlier_images", "arch", "lr", "prototypes.prototypes"])
-def test_a_run_that_lacks_something_is_refused_by_one_sentence(run, radiographs, tmp_path, capsys,
-                                                               key):
+@pytest.mark.parametrize("key", ["model", "images", "history", "lr", "prototypes.prototypes"])
+def test_a_run_that_lacks_something_is_refused(run, radiographs, tmp_path, capsys, key):
     checkpoint = load_run(run)[0]
     for part in checkpoint, checkpoint["config"], checkpoint["model"]:
         part.pop(key, None)
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
-    content = (tmp_path / "checkpoint.pth").read_bytes()
     sentence = refusal(capsys, pretraining(radiographs, tmp_path))
     assert "another version" in sentence and f"{tmp_path}/encoder.pth" in sentence
-    assert (tmp_path / "checkpoint.pth").read_bytes() == content
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(radiographs, tmp_path, monkeypatch, capsys):
@@ -844,8 +738,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(radiographs, tmp_path, monk
     assert load_run(tmp_path)[0]["epoch"] == 1, "the bad epoch is not saved"
 
 
-def test_two_processes_train_as_one_and_the_first_one_decodes_and_evaluates(run, radiographs,
-                                                                           tmp_path):
+def test_two_processes_train_as_one_and_only_the_first_decodes(run, radiographs, tmp_path):
     """L_cate contrasts tokens of both processes' images. The cache is a new one."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -855,14 +748,12 @@ def test_two_processes_train_as_one_and_the_first_one_decodes_and_evaluates(run,
         "afire.evaluate = lambda *a: (note('eval'), evaluate(*a))\n"
         f"afire.main({pretraining(radiographs, 'run')})\n"
         "afire.main(['eval', '--ckpt', 'run', '--device', 'cpu'])\n")
-    done = shell(f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 "
-                 f"{script}", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", script], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pre-training on") == done.stdout.count("AUROC") == 1
-    shown = re.findall(r"\d+", re.search("pre-training on.*", done.stdout)[0])
-    normal, train, test = [len(list(radiographs.glob(files))) for files in
-                           ("train/NORMAL/[0-9]*", "train/*/[0-9]*", "test/*/*")]
-    assert [int(count) for count in shown] == [normal, train - normal, test]
+    assert done.stdout.count("AUROC") == done.stdout.count(
+        "on 21 normal images (excluded: 27 with findings, 24 held out)") == 1
     calls = {file.name: len(file.read_text()) for file in tmp_path.glob("*[01]")}
     assert calls["decode0"] > 72 and calls["decode1"] <= 1, "it decodes what it names as broken"
     assert calls["eval0"] == 1 and "eval1" not in calls
@@ -870,10 +761,8 @@ def test_two_processes_train_as_one_and_the_first_one_decodes_and_evaluates(run,
     alone, log_alone = load_run(run)
     for ours, theirs in zip(log, log_alone, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    name = "prototypes.prototypes"
-    assert_close(together["model"][name], alone["model"][name], rtol=0, atol=1e-5)
-    for cache in (tmp_path / "runs/cache").iterdir():
-        assert cache.read_bytes() == Path("runs/cache", cache.name).read_bytes()
+    prototypes = [run["model"]["prototypes.prototypes"] for run in (together, alone)]
+    assert_close(*prototypes, rtol=0, atol=1e-5)
 
 
 def test_init_starts_the_encoders_and_hands_on_what_was_trained_on(run, radiographs, tmp_path):
@@ -894,20 +783,14 @@ def test_init_starts_the_encoders_and_hands_on_what_was_trained_on(run, radiogra
 
 # ---- Devices: on a GPU where there is one --------------------------------------------------------
 
-def test_a_process_takes_its_own_gpu(monkeypatch):
+def test_a_process_takes_its_own_gpu_and_one_that_is_not_there_is_one_sentence(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch, "zeros", lambda _, device: Mock(device=torch.device(device)))
     for gpu, names in (True, ("auto", "cuda")), (False, ("cuda",)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         assert {str(afire.get_device(name)) for name in names} == {"cuda:3"}
-        assert str(afire.get_device("cuda:1")) == "cuda:1"
     assert str(afire.get_device("auto")) == "cpu"
-
-
-@pytest.mark.parametrize("error", [AssertionError("Torch not compiled with CUDA enabled"),
-                                   RuntimeError("No CUDA GPUs are available")])
-def test_a_device_that_is_not_there_is_one_sentence(monkeypatch, error):
-    monkeypatch.setattr(torch, "zeros", Mock(side_effect=error))
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=AssertionError("not compiled with CUDA")))
     with pytest.raises(afire.InputError, match="cuda:1 is not available"):
         afire.get_device("cuda:1")
 
@@ -931,32 +814,27 @@ def test_a_gpu_trains_in_bf16_where_that_is_native(monkeypatch, native):
     assert computed == [torch.bfloat16 if native else torch.float32]
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return torch.device(request.param)
-
-
 @pytest.mark.parametrize("device, dtype", [
     ("cpu", torch.bfloat16), ("cpu", torch.float16), ("cuda", torch.float32),
-    ("cuda", torch.bfloat16), ("cuda", torch.float16)], indirect=["device"])
+    ("cuda", torch.bfloat16), ("cuda", torch.float16)])
 def test_losses_and_gradients_are_those_of_the_cpu_in_float32(device, dtype):
-    images, lesioned, mask = tiny_batch()
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    images, *lesions = tiny_batch()
     expected = tiny_model()
-    expected_losses = expected(images, lesioned, mask)
+    expected_losses = expected(images, *lesions)
     expected_losses["loss"].backward()
     batch = images.to(device)
-    centre = afire.texture_centre(batch)
-    assert_close(centre.cpu(), afire.texture_centre(images), atol=0.5, rtol=0)
-    lesions = afire.synthetic_lesion_mask(batch, seeded(), afire.texture_centre(images).to(device))
-    assert_close([x.cpu() for x in lesions], [lesioned, mask], atol=1e-5, rtol=0)
+    centre = afire.texture_centre(images)
+    assert_close(afire.texture_centre(batch).cpu(), centre, atol=0.5, rtol=0)
+    drawn = afire.synthetic_lesion_mask(batch, seeded(), centre.to(device))
+    assert_close([x.cpu() for x in drawn], lesions, atol=1e-5, rtol=0)
     model = tiny_model().to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        losses = model(batch, lesioned.to(device), mask.to(device))
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        losses = model(batch, *[x.to(device) for x in lesions])
     losses["loss"].backward()
-    assert_close({name: loss.cpu() for name, loss in losses.items()}, expected_losses, rtol=0.03,
-                 atol=0)
+    losses = {name: loss.cpu() for name, loss in losses.items()}
+    assert_close(losses, expected_losses, rtol=0.03, atol=0)
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     for name, parameter in expected.named_parameters():
         if parameter.grad is not None:
@@ -964,19 +842,11 @@ def test_losses_and_gradients_are_those_of_the_cpu_in_float32(device, dtype):
             assert error.norm() <= tolerance * (parameter.grad.norm() + 0.01), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_run_is_trained_and_evaluated_on_a_gpu(radiographs, tmp_path):
-    afire.main([*pretraining(radiographs, tmp_path), "--device", "cuda"])
-    afire.main(["eval", "--ckpt", str(tmp_path), "--device", "cuda"])
-    assert_report(tmp_path / "eval")
-
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])
-@pytest.mark.parametrize("seed", range(3))
-def test_auroc_is_scikit_learns_with_many_ties(levels, seed):
-    random = np.random.default_rng(seed)
+def test_auroc_is_scikit_learns_with_many_ties(levels):
+    random = np.random.default_rng(0)
     scores = random.integers(0, levels, 99) / 7
     labels = random.random(99) < 0.3
     area = sklearn.metrics.roc_auc_score(labels, scores)
@@ -984,20 +854,6 @@ def test_auroc_is_scikit_learns_with_many_ties(levels, seed):
     for one_class in np.zeros(99, bool), np.ones(99, bool):
         assert math.isnan(afire.auroc(scores, one_class))
     assert math.isnan(afire.auroc(np.where(np.arange(99) == 7, np.nan, scores), labels))
-
-
-IMAGENET = (0.485, 0.229), (0.456, 0.224), (0.406, 0.225)              # means, standard deviations
-
-
-@torch.no_grad()
-def test_the_token_of_a_patch_is_the_mean_of_its_pixels():
-    greys = torch.rand(2, 4, 4)
-    images = greys.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
-    noise = torch.rand(2, 1, 32, 32) - 0.5
-    images += noise - F.interpolate(F.avg_pool2d(noise, 8), scale_factor=8)
-    tokens = afire.features(afire.PatchMeans(8), images)
-    normalised = [(greys - mean) / std for mean, std in IMAGENET]
-    assert_close(tokens, (sum(normalised) / 3).view(2, 16, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side, dim, n", [(3, 5, 3), (4, 5, 4), (8, 5, 4), (14, 5, 4), (6, 1, 6)])
@@ -1019,14 +875,7 @@ def ridge(penalty):
 
 @pytest.mark.parametrize("penalty", [1.0, 100.0])
 @pytest.mark.parametrize("n", [2, 39, 40, 41, 200])
-def test_linear_probe_is_scikit_learns_ridge_in_both_forms(monkeypatch, n, penalty):
-    def record(matrix, right):
-        sides.append(len(matrix))
-        return solve(matrix, right)
-
-    sides = []
-    solve = torch.linalg.solve
-    monkeypatch.setattr(torch.linalg, "solve", record)
+def test_linear_probe_is_scikit_learns_ridge_in_both_forms(n, penalty):
     random = np.random.default_rng(0)
     x = random.normal(5, random.uniform(0.1, 30, 40), (n + 100, 40))
     y = x / x.std(0) @ random.normal(size=(40, 3)) + random.normal(0, 3, (n + 100, 3)) > 3
@@ -1034,7 +883,6 @@ def test_linear_probe_is_scikit_learns_ridge_in_both_forms(monkeypatch, n, penal
     weight, bias = afire.linear_probe(torch.from_numpy(x[:n]), torch.from_numpy(y[:n]), penalty)
     expected = ridge(penalty).fit(x[:n], y[:n]).predict(x[n:])
     np.testing.assert_allclose(x[n:] @ weight.numpy() + bias.numpy(), expected, atol=2e-5)
-    assert sides == [min(n, 40)], "the smaller of images and features"
 
 
 def test_learn_from_few_counts_labels_and_takes_training_rows_only():
@@ -1063,23 +911,17 @@ def drawn_set(n=80, size=48):
                              names, np.arange(n // 2), np.arange(n // 2, n), {})
 
 
-@pytest.mark.parametrize("encoder", [afire.ViT(48, 8, 3, 32, 1, 2), afire.PatchMeans(8)])
-def test_the_probe_learns_from_training_images_alone(encoder):
-    def evaluate():
-        return afire.evaluate_network(encoder, None, data, *afire.masks_of_test(data),
-                                      data.train[:9], CPU)[1]
-
+def test_the_probe_learns_from_training_images_alone():
     data = drawn_set()
-    encoder.requires_grad_(False)
-    before = evaluate()
-    assert before["linear 10%"].shape == (5, 40, 1) and before["neighbours"].shape == (40, 6, 6)
+    encoder = afire.ViT(48, 8, 3, 32, 1, 2).requires_grad_(False)
+    measured = afire.masks_of_test(data)
+    arrays = afire.evaluate_network(encoder, None, data, *measured, data.train[:9], CPU)[1]
+    assert arrays["linear 10%"].shape == (5, 40, 1) and arrays["neighbours"].shape == (40, 6, 6)
     x = afire.average_in_cells(afire.features(encoder, torch.from_numpy(data.images) / 255))
     x = x.half().double().numpy()                          # as they are kept
     model = ridge(x.shape[1] / 2).fit(x[data.train], data.labels[data.train])
     expected = model.predict(x[data.test])
-    np.testing.assert_allclose(before["linear 100%"][0].ravel(), expected.ravel(), atol=1e-3)
-    data.labels[data.test] = np.random.default_rng(0).random((40, 1)) < 0.5
-    assert_close(evaluate(), before, equal_nan=True)
+    np.testing.assert_allclose(arrays["linear 100%"][0].ravel(), expected.ravel(), atol=1e-3)
 
 
 @torch.no_grad()
@@ -1099,93 +941,69 @@ def test_restoration_error_is_of_tokens_restored_without_their_own():
 
 
 @pytest.fixture(scope="module")
-def odd():
-    """100 normal phantoms, 60 others, and these with an odd patch: -> images, their pixels, the
-    anomaly maps of the 120 by a function, a model that restores the mean image, its tokens."""
-    images = phantom_images(160, 32)
+def scored():
+    """160 phantoms, a model, its tokens of them, and a function: anomaly maps of the last 80."""
+    pixels = afire.phantoms(160, 32)[0]
+    images = torch.from_numpy(pixels) / 255
     model = tiny_model().eval().requires_grad_(False)
     randomise(model.student)                               # the teacher's encoder and head count
     model.prototypes.prototypes.normal_()
-    mean = afire.normalise(images[:100].mean(0, keepdim=True))
-    model.decoder.forward = lambda tokens, masked: mean.expand(len(tokens), -1, -1, -1)
-    changed = images[100:].clone()
-    changed[:, :, 8:16, 16:24] = (torch.rand(60, 1, 8, 8, generator=seeded()) > 0.5).float()
-    pixels = (255 * torch.cat([images, changed])).byte().numpy()
-    images = torch.from_numpy(pixels) / 255
     encoder = model.teacher["encoder"]
-    maps = functools.partial(afire.anomaly_maps, pixels, np.arange(100, 220), CPU, encoder)
+    maps = functools.partial(afire.anomaly_maps, pixels, np.arange(80, 160), CPU, encoder)
     return argparse.Namespace(images=images, model=model, maps=maps,
                               tokens=afire.features(encoder, images))
 
 
-def test_scores_are_high_where_an_image_is_odd(odd):
-    maps = odd.maps(odd.model, np.arange(100))
-    assert [*maps] == SCORES
-    for name, grids in maps.items():
-        assert (grids[60:, 1, 2] > grids[:60, 1, 2]).mean() > 0.7, name
-        scores = afire.image_scores(grids)
-        assert (scores[60:] > scores[:60]).mean() > 0.7, name
-
-
-def test_neighbours_are_scikit_learns(odd):
-    maps = odd.maps(normals=np.arange(100))
+def test_neighbours_are_scikit_learns(scored):
+    maps = scored.maps(normals=np.arange(80))
     assert [*maps] == ["neighbours"], "the others need more than an encoder"
     for j in range(16):
-        tree = sklearn.neighbors.NearestNeighbors(n_neighbors=5).fit(odd.tokens[:100, j])
-        distance = tree.kneighbors(odd.tokens[100:, j])[0].mean(1)
+        tree = sklearn.neighbors.NearestNeighbors(n_neighbors=5).fit(scored.tokens[:80, j])
+        distance = tree.kneighbors(scored.tokens[80:, j])[0].mean(1)
         np.testing.assert_allclose(maps["neighbours"][:, j // 4, j % 4], distance, rtol=1e-3)
-    twice = odd.maps(normals=np.array([3, 3]))["neighbours"]           # fewer than five
-    distance = (odd.tokens[100:] - odd.tokens[3]).norm(dim=2).view(-1, 4, 4)
+    twice = scored.maps(normals=np.array([3, 3]))["neighbours"]        # fewer than five
+    distance = (scored.tokens[80:] - scored.tokens[3]).norm(dim=2).view(-1, 4, 4)
     np.testing.assert_allclose(twice, distance, rtol=1e-3)
 
 
-@pytest.mark.parametrize("normals", [0, 100])
-def test_prototypes_are_the_mean_of_normal_images_or_the_model_s_own(odd, normals):
-    head = odd.model.teacher["head"]
-    prototypes = head(odd.tokens[:100]).mean(0) if normals else odd.model.prototypes.prototypes
-    logits = head(odd.tokens[100:])
+@pytest.mark.parametrize("normals", [0, 80])
+def test_prototypes_are_the_mean_of_normal_images_or_the_model_s_own(scored, normals):
+    model, tokens = scored.model, scored.tokens
+    head = model.teacher["head"]
+    prototypes = head(tokens[:80]).mean(0) if normals else model.prototypes.prototypes
+    logits = head(tokens[80:])
     cosine = (logits * prototypes).sum(2) / logits.norm(dim=2) / prototypes.norm(dim=1)
-    maps = odd.maps(odd.model, np.arange(normals))
+    maps = scored.maps(model, np.arange(normals))
     assert_close(torch.from_numpy(maps["prototype"]), (1 - cosine).view(-1, 4, 4))
-    assert ("neighbours" in maps) == bool(normals)
+    assert [*maps] == SCORES[:3 if normals else 2]
 
 
-def test_restoration_is_compared_with_that_of_normal_images(odd):
-    error = afire.restoration_error(odd.model, odd.images).view(-1, 4, 4).numpy()
-    maps = odd.maps(odd.model)
-    np.testing.assert_allclose(maps["restoration"], error[100:], rtol=1e-4, atol=1e-6)
-    expected = (error[100:] - error[:100].mean(0)) / error[:100].std(0)
-    maps = odd.maps(odd.model, np.arange(100))
+def test_restoration_is_compared_with_that_of_normal_images(scored):
+    error = afire.restoration_error(scored.model, scored.images).view(-1, 4, 4).numpy()
+    maps = scored.maps(scored.model)
+    np.testing.assert_allclose(maps["restoration"], error[80:], rtol=1e-4, atol=1e-6)
+    expected = (error[80:] - error[:80].mean(0)) / error[:80].std(0)
+    maps = scored.maps(scored.model, np.arange(80))
     np.testing.assert_allclose(maps["restoration"], expected, rtol=1e-3, atol=1e-4)
-    assert np.isfinite(odd.maps(odd.model, np.array([3, 3]))["restoration"]).all(), "equal errors"
+    assert np.isfinite(scored.maps(scored.model, np.array([3, 3]))["restoration"]).all()
 
 
-@pytest.mark.parametrize("size", [8, 224])
-def test_an_image_s_score_and_the_pixels_of_a_map(size):
-    maps = np.random.default_rng(0).random((12, 4, 4)).astype(np.float32)
-    highest = np.sort(maps.reshape(12, 16))[:, -4:]
-    np.testing.assert_allclose(afire.image_scores(maps), highest.mean(1))
-    masks = np.zeros((12, size, size), bool)
-    masks[:, size // 4 + 1:size // 2 - 1, size // 8 + 1:] = True       # not the borders of cells
+def test_maps_and_masks_are_compared_on_56_x_56_pixels():
+    maps = np.random.default_rng(0).random((2, 4, 4)).astype(np.float32)
+    masks = np.zeros((2, 224, 224), bool)
+    masks[1, 57:111, 29:] = True
     scores, labels = afire.pixel_scores(maps, masks)
-    step = size // round(math.sqrt(scores.shape[1]))
-    centres = (np.arange(0, size, step) + step / 2) * 4 / size - 0.5   # in tokens
-    y, x = np.meshgrid(centres, centres, indexing="ij")
-    grids = [cv2.remap(grid, np.float32(x), np.float32(y), cv2.INTER_LINEAR, None,
-                       cv2.BORDER_REPLICATE) for grid in maps]
-    np.testing.assert_allclose(scores, np.reshape(grids, (12, -1)), atol=0.02)
-    y, x = ((place + 0.5) * size / 4 for place in (y, x))              # in pixels
-    inside = (y > size // 4 + 1) & (y < size // 2 - 1) & (x > size // 8 + 1)
-    np.testing.assert_array_equal(labels, np.tile(inside.ravel(), (12, 1)))
+    large = cv2.resize(maps[1], (56, 56), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(scores[1], large.ravel(), atol=1e-5)
+    small = cv2.resize(np.float32(masks[1]), (56, 56), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(labels[1], small.ravel() > 0.5)
 
 
-def test_references_are_a_thousand_normal_training_images_anywhere_in_the_set():
-    data = drawn_set(3000, size=8)
-    data.labels = np.arange(3000).reshape(-1, 1) % 10 == 9
-    references = afire.normal_references(data)
-    assert len(set(references)) == 1000 and set(references) <= set(data.train[data.train % 10 < 9])
-    assert 650 < np.mean(references) < 850
-    assert set(afire.normal_references(data, 9999)) == set(data.train[data.train % 10 < 9])
+def test_references_are_normal_training_images_anywhere_in_the_set():
+    data = drawn_set(2000, size=8)
+    references = afire.normal_references(data, 100)
+    assert len(set(references)) == 100 and not data.labels[references].any()
+    assert max(references) < 1000 and 400 < np.mean(references) < 600
 
 
 def test_the_teacher_is_evaluated_beside_the_initial_weights(run):
@@ -1197,37 +1015,26 @@ def test_the_teacher_is_evaluated_beside_the_initial_weights(run):
         if key.startswith("teacher.encoder.")})
     untrained = afire.build_model(options)
     assert equal(models["random_init"][1].state_dict(), untrained.state_dict())
-    assert options.levels == "equal" and options.data
     models, options, _ = afire.load_models(run / "encoder.pth")
     again = afire.load_models(run / "encoder.pth")[0]
     assert options is None and models["checkpoint"][1] is None
     assert equal(models["random_init"][0].state_dict(), again["random_init"][0].state_dict())
 
 
-@pytest.mark.parametrize("chosen, of_run, config, levels, origin", [
-    ("file", "equal", '{"levels": "equal"}', "file", "--levels"),
-    (None, "equal", '{"levels": "file"}', "equal", "as in its pre-training"),
-    (None, None, '{"levels": "equal"}', "equal", "config.json"),
-    (None, None, '{"levels": "sharp"}', "file", "guess"), (None, None, None, "file", "guess")])
-def test_grey_levels_are_those_of_the_pre_training(tmp_path, chosen, of_run, config, levels,
-                                                   origin):
-    if config:
-        (tmp_path / "config.json").write_text(config)
-    run = argparse.Namespace(levels=of_run) if of_run else None
-    found, text = afire.grey_levels(chosen, run, tmp_path / "encoder.pth")
-    assert found == levels and origin in text
+def test_grey_levels_of_an_encoder_are_those_of_the_pre_training_beside_it(tmp_path):
+    for config, levels in (None, "file"), ('{"levels": "equal"}', "equal"):
+        if config:
+            (tmp_path / "config.json").write_text(config)
+        assert afire.grey_levels(None, None, tmp_path / "encoder.pth")[0] == levels
 
 
 def test_results_lie_beside_the_file_that_a_link_leads_to(tmp_path):
-    """Links called best0.pth and best1.pth, to runs and to encoders alone."""
-    for i, is_run in itertools.product((0, 1), (True, False)):
-        file = tmp_path / f"run{i}/file.pth"
-        file.parent.mkdir(exist_ok=True)
-        link = tmp_path / f"best{i}{is_run}.pth"
-        link.symlink_to(file)
-        for path in file, link:
-            folder = afire.results_folder(path, argparse.Namespace() if is_run else None, "eval")
-            assert folder.resolve() == file.with_name("eval" if is_run else "eval-file.pth")
+    file = tmp_path / "run/file.pth"
+    (tmp_path / "link.pth").symlink_to(file)
+    for path in file, tmp_path / "link.pth":
+        of_run = afire.results_folder(path, argparse.Namespace(), "eval")
+        assert of_run.resolve() == file.with_name("eval")
+        assert afire.results_folder(path, None, "eval").resolve() == file.with_name("eval-file.pth")
 
 
 @pytest.fixture(scope="module")
@@ -1267,46 +1074,31 @@ def score_of_images(maps):
     return tokens[:, -(tokens.shape[1] // 4):].mean(1)
 
 
-def report_of(arrays, name):
-    """A network's part of metrics.json, computed anew from predictions.npz."""
+def test_metrics_are_scikit_learns_of_the_predictions(evaluation):
+    report = json.loads((evaluation.folder / "metrics.json").read_text(),
+                        parse_constant=pytest.fail)
+    arrays = evaluation.arrays
     labels, masks = arrays["labels"], arrays["masks"]
-    report = {"linear": {}, "anomaly": {}}
-    for fraction in "1%", "10%", "100%":
-        draws = arrays[f"{name}/linear {fraction}"]
-        areas = {finding: mean_of_defined([sklearn_auroc(d[:, f], labels[:, f]) for d in draws])
-                 for f, finding in enumerate(arrays["findings"])}
-        report["linear"][fraction] = {"macro_auroc": mean_of_defined(areas.values()),
-                                      "per_finding": areas}
-    for score in ["neighbours"] if name == "pixels" else SCORES:
-        maps = arrays[f"{name}/{score}"]
-        large = [cv2.resize(grid, masks.shape[1:], interpolation=cv2.INTER_LINEAR)
-                 for grid in maps[arrays["measured"]]]
-        report["anomaly"][score] = {
-            "image_auroc": sklearn_auroc(score_of_images(maps), labels.any(1)),
-            "pixel_auroc": sklearn_auroc(np.ravel(large), masks.ravel())}
-    return report
-
-
-def flat(report):
-    """-> {path of keys: number}."""
-    if not isinstance(report, dict):
-        return {"": report}
-    return {f"{key}/{rest}": value for key, part in report.items()
-            for rest, value in flat(part).items()}
-
-
-def assert_report(folder):
-    """metrics.json is what predictions.npz gives: -> metrics.json."""
-    report = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
-    arrays = np.load(folder / "predictions.npz")
-    expected = {name: report_of(arrays, name) for name in ("checkpoint", "random_init", "pixels")}
-    assert [*report] == [*expected] and flat(report) == pytest.approx(flat(expected), abs=1e-6)
-    return report
+    assert [*report] == ["checkpoint", "random_init", "pixels"]
+    for name, network in report.items():
+        assert [*network["linear"]] == ["1%", "10%", "100%"]
+        for fraction, metrics in network["linear"].items():
+            areas = {finding: mean_of_defined([sklearn_auroc(draw[:, f], labels[:, f])
+                                               for draw in arrays[f"{name}/linear {fraction}"]])
+                     for f, finding in enumerate(arrays["findings"])}
+            assert metrics["per_finding"] == pytest.approx(areas, abs=1e-6)
+            assert metrics["macro_auroc"] == pytest.approx(mean_of_defined(areas.values()))
+        assert [*network["anomaly"]] == SCORES[2 if name == "pixels" else 0:]
+        for score, metrics in network["anomaly"].items():
+            maps = arrays[f"{name}/{score}"]
+            large = [cv2.resize(grid, (32, 32), interpolation=cv2.INTER_LINEAR)
+                     for grid in maps[arrays["measured"]]]
+            assert metrics == pytest.approx({
+                "image_auroc": sklearn_auroc(score_of_images(maps), labels.any(1)),
+                "pixel_auroc": sklearn_auroc(np.ravel(large), masks.ravel())}, abs=1e-6)
 
 
 def test_eval_measures_what_the_table_says(evaluation, radiographs):
-    report = assert_report(evaluation.folder)
-    assert 0 < report["checkpoint"]["anomaly"]["prototype"]["pixel_auroc"] < 1
     arrays, rows = evaluation.arrays, evaluation.rows
     assert len(rows) == 24 and {row["split"] for row in rows} == {"test"}
     assert arrays["patients"].tolist() == arrays["images"].tolist()
@@ -1315,20 +1107,19 @@ def test_eval_measures_what_the_table_says(evaluation, radiographs):
     measured = [bool(row["mask"]) or not row["findings"] for row in rows]
     assert arrays["measured"].tolist() == measured and not all(measured)
     for row, mask in zip(itertools.compress(rows, measured), arrays["masks"], strict=True):
-        expected = np.zeros((32, 32), bool)
-        if row["mask"]:
-            expected = afire.read_mask(radiographs / row["mask"], radiographs / row["image"], 32)
+        files = radiographs / row["mask"], radiographs / row["image"]
+        expected = afire.read_mask(*files, 32) if row["mask"] else np.zeros((32, 32), bool)
         assert np.array_equal(mask, expected)
 
 
-def test_the_column_pixels_is_the_probe_and_neighbours_on_means_of_patches(evaluation,
-                                                                         radiographs):
+def test_the_column_pixels_is_of_the_means_of_patches(evaluation, radiographs):
     train = [row for row in read_rows(radiographs / "labels.csv")
              if row["split"] == "train" and "broken" not in row["image"]]
     rows = train + evaluation.rows
     images = [afire.read_image(radiographs / row["image"], 32, "equal") / 255 for row in rows]
     x = np.array([cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA) for image in images])
-    x = np.mean([(x - mean) / std for mean, std in IMAGENET], 0).reshape(72, 16)
+    imagenet = (0.485, 0.229), (0.456, 0.224), (0.406, 0.225)
+    x = np.mean([(x - mean) / std for mean, std in imagenet], 0).reshape(72, 16)
     y = np.array([[name in row["findings"] for name in evaluation.arrays["findings"]]
                   for row in train])
     half = x.astype(np.float16).astype(float)
@@ -1345,12 +1136,11 @@ def test_scores_maps_and_the_picture_show_the_most_abnormal_first(evaluation, ra
     maps = np.load(evaluation.folder / "maps.npz")
     images = evaluation.arrays["images"].tolist()
     order = [images.index(row["image"]) for row in rows]
-    assert sorted(order) == list(range(24)) and maps["images"].tolist() == [
-        row["image"] for row in rows]
-    assert {row["pretrained_on"] for row in rows} == {"no"}
+    assert sorted(order) == list(range(24))
+    assert maps["images"].tolist() == [row["image"] for row in rows]
     findings = [evaluation.rows[i]["findings"] for i in order]
     assert [row["findings"] for row in rows] == findings and "|" in "".join(findings)
-    (columns, grids, captions, masks) = evaluation.picture
+    columns, grids, captions, masks = evaluation.picture
     for score in SCORES:
         expected = evaluation.arrays[f"checkpoint/{score}"][order]
         np.testing.assert_array_equal(maps[score], expected.astype(np.float16))
@@ -1362,19 +1152,16 @@ def test_scores_maps_and_the_picture_show_the_most_abnormal_first(evaluation, ra
     for i, row in enumerate(rows[:5]):
         image = afire.read_image(radiographs / row["image"], 32, "equal")      # as in pre-training
         np.testing.assert_array_equal(columns["image"][i], image)
-        caption = f"{row['image']}\n{findings[i] or 'no known finding'}\nprototype "
-        assert captions[i].startswith(caption)
-        assert float(captions[i].removeprefix(caption)) == pytest.approx(values[i], abs=1e-3)
+        *texts, value = captions[i].split("\n")
+        assert texts == [row["image"], findings[i] or "no known finding"]
+        assert float(value.split()[1]) == pytest.approx(values[i], abs=1e-3)
         assert (masks[i] is not None) == bool(evaluation.rows[order[i]]["mask"])
 
 
-def test_one_s_own_films_are_scored_without_findings_at_any_depth(run, radiographs, tmp_path,
-                                                                 capsys):
+def test_one_s_own_images_are_scored_without_findings(run, radiographs, tmp_path, capsys):
     """With the grey levels that are asked for; what was pre-trained on is marked."""
-    folder = tmp_path / "films"
-    for i, file in enumerate(radiographs.glob("*/NORMAL/[0-9]*")):
-        (folder / f"a/b{i % 3}").mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder / f"a/b{i % 3}/scan{i}.png")
+    others = shutil.ignore_patterns("SICK", "masks", "broken.png", "labels.csv")
+    folder = shutil.copytree(radiographs, tmp_path / "films", ignore=others)
     (tmp_path / "metrics.json").touch()                    # of an earlier evaluation
     afire.main(["eval", "--ckpt", str(run), "--data", str(folder), "--out", str(tmp_path),
                 "--levels", "file", "--device", "cpu"])
@@ -1383,54 +1170,40 @@ def test_one_s_own_films_are_scored_without_findings_at_any_depth(run, radiograp
     assert files == {"films", "scores.csv", "maps.npz", "anomaly.png"}
     rows = read_rows(tmp_path / "scores.csv")
     assert [*rows[0]] == ["image", "findings", "pretrained_on", "prototype", "restoration"]
-    trained = {file.read_bytes() for file in radiographs.glob("train/NORMAL/*")}
-    for row in rows:
-        seen = (folder / row["image"]).read_bytes() in trained
-        assert row["pretrained_on"] == ("yes" if seen else "no")
-    maps = np.load(tmp_path / "maps.npz")
-    assert maps["images"].tolist() == [row["image"] for row in rows]
-    assert len(rows) == len(list(folder.glob("*/*/*")))
-    images = np.stack([afire.read_image(folder / name, 32)[None] for name in maps["images"]])
-    encoder, model = afire.load_models(run)[0]["checkpoint"]
-    expected = afire.anomaly_maps(images, np.arange(len(images)), CPU, encoder.eval(), model.eval())
-    for score, grids in expected.items():
-        np.testing.assert_allclose(maps[score], grids, rtol=2e-3, atol=1e-4)
+    marks = {row["image"]: row["pretrained_on"] for row in rows}
+    assert marks == {file.relative_to(folder).as_posix(): "yes" if "train" in file.parts else "no"
+                     for file in folder.glob("*/*/*")}
 
 
 def test_people_of_the_pre_training_are_not_tested_on(run, radiographs, tmp_path, capsys):
-    """Its images are known by content: here they are renamed, and some are in test."""
-    (tmp_path / "set").mkdir()
-    lines, trained, tested = [], {}, {}
-    files = np.random.default_rng(0).permutation(sorted(radiographs.glob("t*/*/[0-9]*")))
-    for i, file in enumerate(files):
-        name = f"{i}.png"
-        shutil.copy(file, tmp_path / "set" / name)
+    """Another table calls some images of the pre-training test images."""
+    rows = [row for row in read_rows(radiographs / "labels.csv") if "broken" not in row["image"]]
+    lines, trained, tested = [], set(), {}
+    for i, row in enumerate(np.random.default_rng(0).permutation(rows)):
+        name = row["image"]
         part = ("train", "test")[i // 3 % 2]
         patient = str(i // 3) if i % 12 < 9 else ""        # three images of each, or unknown
-        lines.append(f"{name},{'sick' * (file.parent.name == 'SICK')},{patient},{part}")
-        if file.parts[-3:-1] == ("train", "NORMAL"):
-            trained[name] = patient or name
+        lines.append(f"{name},{row['findings']},{patient},{part}")
+        if name.startswith("train/NORMAL"):
+            trained.add(patient or name)
         if part == "test":
             tested[name] = patient or name
-    afire.main(["eval", "--ckpt", str(run), "--data", f"{tmp_path}/set", "--labels",
-                str(table(tmp_path / "t.csv", *lines)), "--out", str(tmp_path), "--device", "cpu"])
-    unknown = {name for name in tested if tested[name] not in trained.values()}
+    labels = table(tmp_path / "t.csv", *lines)
+    afire.main(["eval", "--ckpt", str(run), "--data", str(radiographs), "--labels", str(labels),
+                "--out", str(tmp_path), "--device", "cpu"])
+    unknown = {name for name in tested if tested[name] not in trained}
     assert {row["image"] for row in read_rows(tmp_path / "scores.csv")} == unknown
-    seen = len(tested.keys() & trained.keys())
+    seen = sum(name.startswith("train/NORMAL") for name in tested)
     others = len(tested) - len(unknown) - seen
     assert seen > 0 and others > 0
     assert_printed(capsys, f"{seen} test images left out", f"and {others} others",
                    "no abnormal image in test has a mask")
 
 
-def test_a_run_is_not_evaluated_on_its_own_data_if_they_have_changed(run, radiographs, tmp_path,
-                                                                    capsys):
-    folder = shutil.copytree(radiographs, tmp_path / "set")
+def test_a_run_is_not_evaluated_on_its_own_data_if_they_have_changed(run, tmp_path, capsys):
     checkpoint = load_run(run)[0]
-    checkpoint["config"].update(data=str(folder), labels=str(folder / "labels.csv"))
+    checkpoint["images"][:2] = "changed", "gone"
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
-    for file in list(folder.glob("train/NORMAL/[0-9]*"))[:2]:
-        Image.fromarray(film(1, 64)).save(file)            # twice the same, and another one
     sentence = refusal(capsys, ["eval", "--ckpt", tmp_path, "--device", "cpu"])
     assert f"2 of the {len(checkpoint['images'])} images" in sentence and "--data" in sentence
 
@@ -1442,28 +1215,15 @@ def printed_table(text):
             for title, *areas in rows}
 
 
-def table_of(report):
-    """What should be printed for metrics.json."""
-    networks = [report[name] for name in ("checkpoint", "random_init", "pixels")]
-    expected = {}
-    for fraction in "1%", "10%", "100%":
-        expected[f"linear probe, {fraction} of the labels"] = [
-            network["linear"][fraction]["macro_auroc"] for network in networks]
-    for level, score in itertools.product(("image", "pixel"), SCORES):
-        expected[f"abnormal {level}s by {score}"] = [
-            network["anomaly"].get(score, {}).get(f"{level}_auroc") for network in networks]
-    return expected
-
-
 @pytest.mark.parametrize("image, pixel, note", [
     (0.5, 0.625, ""), (0.5, math.nan, "abnormal pixels: undefined, as no abnormal image .* mask"),
     (math.nan, math.nan, "abnormal images and pixels: undefined, as no image .* abnormal")])
 def test_the_table_says_what_is_undefined(capsys, image, pixel, note):
     networks = {}
     for name, area in ("checkpoint", 0.25), ("random_init", 0.125), ("pixels", 0):
-        of_findings = {"a": area, "b": math.nan, "c": math.nan}
+        findings = {"a": area, "b": math.nan, "c": math.nan}
         networks[name] = {
-            "linear": {"10%": {"macro_auroc": area, "per_finding": of_findings}},
+            "linear": {"10%": {"macro_auroc": area, "per_finding": findings}},
             "anomaly": {"x": {"image_auroc": image + area, "pixel_auroc": pixel + area},
                         "neighbours": {"image_auroc": image, "pixel_auroc": pixel}}}
     del networks["pixels"]["anomaly"]["x"]
@@ -1488,27 +1248,20 @@ def test_training_beats_no_training(tmp_path, monkeypatch, capsys):
     phantoms = afire.Radiographs(names, images, labels, findings, names, names, np.arange(700),
                                  np.arange(700, 1000), masks)
     monkeypatch.setattr(afire, "phantom_radiographs", lambda size: copy.copy(phantoms))
-    afire.main(f"pretrain --out {tmp_path} --epochs 20 --img-size 32 --device cpu".split())
+    afire.main(f"pretrain --out {tmp_path} --epochs 8 --lr 0.03 --img-size 32 --device cpu".split())
     log = load_run(tmp_path)[1]
-    assert log[-1]["structure"] < 0.6 * log[0]["structure"]
-    assert log[-1]["restoration"] < 0.3 * log[0]["restoration"]
-    assert log[-1]["category"] < 0.95 * math.log(2), "below chance"
-    capsys.readouterr()
+    assert log[-1]["structure"] < 0.75 * log[0]["structure"]
+    assert log[-1]["restoration"] < 0.4 * log[0]["restoration"]
+    assert log[-1]["category"] < 0.94 * math.log(2), "below chance"
     afire.main(["eval", "--ckpt", str(tmp_path), "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert len(printed.splitlines()) < 30, "it fits a screen"
-    report = assert_report(tmp_path / "eval")
-    areas = printed_table(printed)
-    assert areas.keys() == table_of(report).keys()
-    for name, values in table_of(report).items():
-        assert areas[name] == pytest.approx(values, abs=5.1e-4), name
-    assert areas["abnormal images by prototype"][2] is areas["abnormal pixels by restoration"][2]
-    best = {name: np.array([network["linear"]["100%"]["macro_auroc"],
-                            *[max(score[level] for score in network["anomaly"].values())
-                              for level in ("image_auroc", "pixel_auroc")]])
-            for name, network in report.items()}
-    gains = best["checkpoint"] - best["random_init"]
-    assert (gains > [0.02, 0.08, 0.08]).all(), gains
+    best = [[network["linear"]["10%"]["macro_auroc"],
+             *[max(score[level] for score in network["anomaly"].values())
+               for level in ("image_auroc", "pixel_auroc")]]
+            for network in json.loads((tmp_path / "eval/metrics.json").read_text()).values()]
+    gains = np.subtract(best[0], best[1])
+    assert (gains > [0.02, 0.05, 0.05]).all(), gains
+    row = printed_table(capsys.readouterr().out)["linear probe, 10% of the labels"]
+    assert row == pytest.approx([areas[0] for areas in best], abs=5.1e-4)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -1539,8 +1292,8 @@ def checkpoint_of(kind):
         "dino": {"student": prefixed("module.backbone.", other, "module.head.last_layer.weight_g"),
                  "teacher": prefixed("backbone.", state, "head.last_layer.weight_g"),
                  "args": argparse.Namespace(arch="vit_small")}}
-    text = "text.blocks.0.weight"
-    return content.get(kind, {"state_dict": prefixed(kind, state, text)}), vit.forward_features
+    state_dict = prefixed(kind, state, "text.blocks.0.weight")
+    return content.get(kind, {"state_dict": state_dict}), vit.forward_features
 
 
 @pytest.mark.parametrize("kind", ["run", "release", "timm", "mae", "dino", "huge", "_orig_mod.",
@@ -1565,42 +1318,21 @@ def test_positions_are_interpolated_as_timm_does(tmp_path):
                  larger.forward_features(images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("content, message", [
-    ({"a.": 3, "b.": 3}, r"several encoders, a\. and b\."),
-    ({"": 1}, "1 channels")])
-def test_eval_takes_one_encoder_of_three_channels(tmp_path, capsys, content, message):
-    state = {}
-    for prefix, channels in content.items():
-        vit = afire.ViT(32, 8, channels, 32, 1, 1).state_dict()
-        state |= {prefix + key: value for key, value in vit.items()}
-    torch.save(state, tmp_path / "vit.pth")
-    sentence = refusal(capsys, ["eval", "--ckpt", tmp_path / "vit.pth", "--data", tmp_path])
-    assert re.search(message, sentence) and "vit.pth" in sentence
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:9000], lambda content: b""],
-                         ids=["cut", "empty"])
-def test_a_damaged_checkpoint_is_not_said_to_hold_more_than_tensors(tmp_path, damage):
-    torch.save(timm_vit(**WIDE).state_dict(), tmp_path / "vit.pth")
-    (tmp_path / "vit.pth").write_bytes(damage((tmp_path / "vit.pth").read_bytes()))
-    with pytest.raises(afire.InputError, match="vit.pth.* damaged"):
-        afire.load_encoder(tmp_path / "vit.pth")
-
-
 @pytest.mark.parametrize("options, changes, message", [
     ({"init_values": 0.1}, {}, "ls1.gamma"), ({"reg_tokens": 4}, {}, "reg_token"),
     ({"qk_norm": True}, {}, "q_norm"), ({"pre_norm": True}, {}, "norm_pre"),
-    ({}, {"norm.weight": None}, "norm.weight"), ({}, {"pos_embed": None}, "pos_embed"),
+    ({"in_chans": 1}, {}, "1 channels"), ({}, {"norm.weight": None}, "norm.weight"),
+    ({}, {"pos_embed": None}, "pos_embed"),
     ({}, {"patch_embed.proj.weight": None}, "patch_embed.proj.weight"),
+    ({}, {"b.patch_embed.proj.weight": torch.zeros(1)}, r"several encoders, .* b\."),
     ({}, {"blocks.1.mlp.fc1.weight": torch.zeros(3, 3)}, "fc1"),
     ({}, {"pos_embed": torch.zeros(1, 6, 128)}, "vit.pth")])
-def test_an_encoder_that_is_another_or_lacks_something_is_refused_by_name(tmp_path, options,
-                                                                         changes, message):
+def test_an_encoder_that_is_another_is_refused_by_name(tmp_path, options, changes, message):
     state = {**timm_vit(**WIDE, **options).state_dict(), **changes}
     state = {key: value for key, value in state.items() if value is not None}
     torch.save(state, tmp_path / "vit.pth")
     with pytest.raises(afire.InputError, match=message):
-        afire.load_encoder(tmp_path / "vit.pth")
+        afire.load_models(tmp_path / "vit.pth")
 
 
 def test_eval_takes_any_encoder_and_names_what_is_left_out(tmp_path, radiographs, capsys):
@@ -1640,11 +1372,7 @@ COLOUR = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
 DEEP = np.random.default_rng(2).integers(900, 3000, (24, 24), np.uint16)
 PALETTE = Image.fromarray(COLOUR).quantize(16)
 LUMA = [0.299, 0.587, 0.114]
-
-
-def by_percentiles(pixels):
-    low, high = np.percentile(pixels, [0.5, 99.5])
-    return np.clip((pixels.astype(float) - low) / (high - low), 0, 1) * 255
+LOW, HIGH = np.percentile(DEEP, [0.5, 99.5])
 
 
 def film(seed=0, size=48):
@@ -1652,17 +1380,12 @@ def film(seed=0, size=48):
     return afire.phantoms(seed + 1, size)[0][seed, 0]
 
 
-def squash(pixels, size):
-    """What a viewer shows, after the same scaling and resizing."""
-    return np.asarray(Image.fromarray(pixels.astype(np.float32)).resize((size, size), 2))
-
-
 @pytest.mark.parametrize("name, image, expected, tolerance", [
     ("grey.png", GREY, GREY, 0), ("grey.jpg", GREY, GREY, 40),
     ("bits.png", GREY > 99, 255 * (GREY > 99), 0), ("rgb.png", COLOUR, COLOUR @ LUMA, 1),
     ("rgba.png", np.dstack([COLOUR, GREY]), COLOUR @ LUMA, 1),
     ("palette.png", PALETTE, np.asarray(PALETTE.convert("RGB")) @ LUMA, 1),
-    ("deep.png", DEEP, by_percentiles(DEEP), 1),
+    ("deep.png", DEEP, 255 * np.clip((DEEP - LOW) / (HIGH - LOW), 0, 1), 1),
     ("wide.png", np.tile(np.linspace(0, 255, 120), (40, 1)).astype(np.uint8),
      np.linspace(0, 255, 24), 6)])                                     # resized, not cropped
 def test_any_kind_of_file_becomes_a_grey_square(tmp_path, name, image, expected, tolerance):
@@ -1682,8 +1405,9 @@ def test_a_photograph_is_turned_as_its_tag_says(tmp_path, orientation):
     tag[0x0112] = orientation
     Image.fromarray(film(1, 96)).save(tmp_path / "a.jpg", exif=tag, quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
-        expected = squash(np.asarray(ImageOps.exif_transpose(image)), 48)
-    assert np.abs(afire.read_image(tmp_path / "a.jpg", 48) - expected).max() <= 3
+        expected = ImageOps.exif_transpose(image).resize((48, 48), Image.Resampling.BILINEAR)
+    pixels = afire.read_image(tmp_path / "a.jpg", 48)
+    assert np.abs(pixels - np.asarray(expected, float)).max() <= 3
 
 
 def test_colours_of_16_bits_are_refused(tmp_path):
@@ -1732,8 +1456,6 @@ def test_a_table_says_everything(tmp_path, capsys):
     patients = dict(zip(data.names, data.patients))
     assert [patients[name] for name in ("a.png", "b.png", "c.png", "e.png")] == [
         "1", "1", "3", "e.png"]
-    assert [data.findings_of(data.names.index(name)) for name in ("a.png", "b.png")] == [
-        "", "mass|nodule"]
     assert_printed(
         capsys, f"{labels}: 5 images; left out: 1 rows without a split, 2 files without a row\n",
         f"{folder}: 5 images of 4 patients, 2 without findings; 2 to train on, 3 held out; "
@@ -1742,39 +1464,31 @@ def test_a_table_says_everything(tmp_path, capsys):
 
 @pytest.mark.parametrize("lines, header, message", [
     (["a.png,,train"], "image,findings,split", ", line 1: .*columns image, findings, patient"),
-    (["a.png,,1,train"], "Image,findings,patient,split", ", line 1: "),
     (["a.png,,1,train,"], f"{HEADER},split", ", line 1: .*once each"), ([], "", ", line 1: "),
     (["a.png,,1,train", "b.png,,1,dev"], HEADER, ", line 3: .*as split"),
     (["a.png,,1,train", "", "a.png,,1,train"], HEADER, ", line 4: "),
     (["a.png,train,1"], "image,split,patient,findings", ", line 2: it needs 4 cells"),
-    ([",,1,train"], HEADER, ", line 2: "),
-    (["a.png,,1,train,x"], HEADER, ", line 2: it needs 4 cells"),
+    ([",,1,train"], HEADER, ", line 2: "), (["a.png,,1,train,x"], HEADER, ", line 2: "),
     (["b.png,,,train", "a.png,\"Mass,,train", "c.png,,,train"], HEADER, ", after line 2: .*quote"),
-    (["b.png,,,train", "a.png,\"" + 200_000 * "x"], HEADER, ", after line 2: "),
     (["b.png,,,train", "a.png,\udcff,,train"], HEADER, ", line 3: not UTF-8"),
     *[([f"a.png,{findings},1,train"], HEADER, ", line 2: '.*' is no finding") for findings in (
-        "No Finding", "no_finding", "NORMAL", "healthy", "Mass|No Finding", "\"Mass, nodule\"",
-        "Mass;nodule", "Mass|", " Mass")],
+        "No Finding", "healthy", "Mass|NORMAL", "\"Mass, nodule\"", "Mass|", " Mass")],
     (["a.png,,1,train", "c.png,,7,train", "b.png,,1,test", "d.png,,7,test"], HEADER,
      ": 2 patients are in train and in test, the first is 1"),
     (["a.png,,1,"], HEADER, ": no row has train or test as split"),
-    (["a.png,,1,train", "x.png,,2,train", "y.png,,2,"], HEADER,
-     ": 2 rows have no file below .*set, the first is x.png")])
-def test_a_table_that_cannot_be_trusted_is_refused_with_the_remedy(tmp_path, lines, header,
-                                                                  message):
-    folder = tmp_path / "set"
-    write_films(folder, "a.png", "b.png", "c.png", "d.png")
+    (["a.png,,1,train", "x.png,,2,train", "y.png,,2,"], HEADER, ": 2 rows .*, the first is x.png")])
+def test_a_table_that_cannot_be_trusted_is_refused(tmp_path, lines, header, message):
+    write_films(tmp_path, "a.png", "b.png", "c.png", "d.png")
     file = table(tmp_path / "t.csv", *lines, header=header)
-    remedy = f": python data/make_table.py table {file} --data {folder} > labels.csv"
+    remedy = f": python data/make_table.py table {file} --data {tmp_path} > labels.csv"
     with pytest.raises(afire.InputError, match=f"^{file}{message}.*{re.escape(remedy)}$"):
-        load(folder, file)
+        load(tmp_path, file)
 
 
 @pytest.mark.parametrize("name, command", [
     ("NORMAL/b.png", "folders {}"), ("Masks.PNG", "folders {}"),
     ("b.dcm", "dicom {} --images PNG_FOLDER"), ("x/B.DICOM", "dicom {} --images PNG_FOLDER")])
-def test_a_folder_in_which_not_all_may_be_normal_is_refused_with_the_remedy(tmp_path, name,
-                                                                           command):
+def test_a_folder_in_which_not_all_may_be_normal_is_refused(tmp_path, name, command):
     write_films(tmp_path, "a.png", "x/y/c.tif", ".ipynb_checkpoints/1.png", "@eaDir/1.png/T.jpg",
                 "$RECYCLE.BIN/x.png", "__MACOSX/1.png", ".mask.png", "run/eval/anomaly.png")
     (tmp_path / "run/checkpoint.pth").touch()
@@ -1800,42 +1514,29 @@ def test_links_that_lead_back_and_masks_of_equal_files_do_no_harm(tmp_path, caps
     assert "0 files without a row" in capsys.readouterr().out
 
 
-def test_what_cannot_be_used_is_one_line_and_is_tried_again_without_the_cache(tmp_path, capsys):
-    folder = tmp_path / "set"
-    write_films(folder, "a.png", "b.png", "c.png", "d.png", "e.png")
-    Image.new("L", (9, 9), 3).save(folder / "a.png")
-    (folder / "c.png").write_bytes((folder / "c.png").read_bytes()[:99])
-    (folder / "d.png").unlink()
-    (folder / "d.png").symlink_to("nowhere.png")
-    shutil.copy(folder / "b.png", folder / "e.png")
-    skipped = {"a.png": "blank", "c.png": "unreadable, OSError",
-               "d.png": "unreadable, FileNotFoundError", "e.png": "equal to b.png"}
+def test_what_cannot_be_used_is_one_line_and_what_is_mended_is_used(films, capsys):
+    Image.new("L", (9, 9), 3).save(films / "0.png")
+    (films / "2.png").write_bytes((films / "2.png").read_bytes()[:99])
+    (films / "3.png").unlink()
+    (films / "3.png").symlink_to("nowhere.png")
+    shutil.copy(films / "1.png", films / "4.png")
+    skipped = {"0.png": "blank", "2.png": "unreadable, OSError",
+               "3.png": "unreadable, FileNotFoundError", "4.png": "equal to 1.png"}
     for i, (name, reason) in enumerate(skipped.items()):
-        data = load(folder)
-        assert names(data, data.train) == {"b.png", *[*skipped][:i]}
-        line = (f"skipped: {4 - i} files, unreadable, blank or equal to another; the first is "
-                f"{name} ({reason}); to try them again, delete ")
-        printed = capsys.readouterr().out
-        assert line in printed
-        Path(printed.split(line)[1].split("\n")[0]).unlink()
-        (folder / name).unlink()
-        write_images(folder, [film(9 + i, 24)], [name])
+        data = load(films)
+        assert names(data, data.train) == {"1.png", "5.png", *[*skipped][:i]}
+        assert_printed(capsys, f"skipped: {4 - i} files, ", f"the first is {name} ({reason}); ")
+        (films / name).unlink()
+        write_images(films, [film(9 + i, 24)], [name])
 
 
-def test_names_in_any_bytes_do_no_harm_and_a_mistake_leaves_no_folder(tmp_path, capsys):
+def test_names_in_any_bytes_do_no_harm(tmp_path):
     folder = tmp_path / "set"
     images = [os.fsdecode(b"film \xff\xe9.png"), "R\u00f6ntgen \u80ba.png", "a\nnewline.png"]
     write_films(folder, *images)
     assert set(findings_of(load(folder))) == set(images)
     labels = table(tmp_path / "t.csv", *[f"\"{name}\",mass,,train" for name in images[1:]])
     assert set(findings_of(load(folder, labels))) == set(images[1:])
-    command = (f"pretrain --data {folder} --batch-size 1 --preset small --epochs 1 "
-               f"--device cpu --out {tmp_path}/run")
-    sentence = refusal(capsys, [*command.split(), "--labels", labels])
-    assert "no image in train is normal" in sentence and not (tmp_path / "run").exists()
-    (folder / os.fsdecode(b"broken \xff.png")).write_bytes(b"")
-    done = shell(f"{COMMAND} {command}")
-    assert done.returncode == 0 and "first is broken" in done.stdout, done.stderr
 
 
 # ---- Data: the cache -----------------------------------------------------------------------------
@@ -1875,29 +1576,10 @@ def test_only_what_is_new_is_decoded(films, monkeypatch):
         assert np.array_equal(image, afire.read_image(films / "0.png", size, levels))
 
 
-def test_kill_9_leaves_no_cache(films):
-    script = ("import os, signal, sys, afire\n"
-              "kill = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "afire.tqdm = lambda files, *_, **__: [*map(kill, files)]\n"
-              "afire.load_radiographs(sys.argv[1], 8, cache=sys.argv[1] + '.cache')")
-    done = subprocess.run([sys.executable, "-c", script, films], capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == -signal.SIGKILL and caches(films) == [".partial"]
-    assert_right(films, load(films))
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_no_cache(films, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
-        with pytest.raises(afire.InputError, match="cannot write .*set.cache/.*: No space left"):
-            load(films)
-    assert caches(films) == []
-    assert_right(films, load(films))
-
-
-def test_two_processes_that_write_one_cache_do_not_meet(films, monkeypatch):
-    """The second one starts and ends just before the first one has finished."""
+def test_neither_a_kill_nor_a_full_disk_nor_a_second_process_harms_the_cache(films, monkeypatch):
+    """The second process starts and ends just before the first one has finished."""
     def load_within(stream, fsync=os.fsync):
+        assert caches(films) == [".partial"], "a kill leaves no cache"
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 1)
             patch.setattr(os, "fsync", fsync)
@@ -1906,24 +1588,21 @@ def test_two_processes_that_write_one_cache_do_not_meet(films, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", load_within)
     assert_right(films, load(films))
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(afire.InputError, match="cannot write .*set.cache/.*: No space left"):
+        load(films, size=16)
     assert caches(films) == [".images"]
 
 
 # ---- Data: masks ---------------------------------------------------------------------------------
 
-def save_mask(file, mask):
-    Image.fromarray(np.uint8(255 * mask)).save(file)
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_a_mask_is_true_where_most_of_it_is_white(tmp_path, orientation):
-    """The mask is of the image as a viewer shows it."""
+def test_a_mask_is_true_where_most_of_it_is_white(tmp_path):
+    """The mask is of the image as a viewer shows it, here turned."""
     mask = np.random.default_rng(0).random((40, 24)) < 0.5
-    stored = np.rot90(mask) if orientation == 6 else mask
     tag = Image.Exif()
-    tag[0x0112] = orientation
-    Image.fromarray(255 * np.uint8(stored)).save(tmp_path / "film.png", exif=tag)
-    save_mask(tmp_path / "mask.png", mask)
+    tag[0x0112] = 6
+    Image.fromarray(255 * np.uint8(np.rot90(mask))).save(tmp_path / "film.png", exif=tag)
+    Image.fromarray(255 * np.uint8(mask)).save(tmp_path / "mask.png")
     found = afire.read_mask(tmp_path / "mask.png", tmp_path / "film.png", 8)
     expected = [[mask[5 * y:5 * y + 5, 3 * x:3 * x + 3].mean() > 0.5 for x in range(8)]
                 for y in range(8)]
@@ -1934,20 +1613,17 @@ def test_a_mask_is_true_where_most_of_it_is_white(tmp_path, orientation):
     ("mass", None, "mask .*white.png of .*film.png .*No such file"),
     ("mass", np.ones((24, 20)), r"white.png of .*film.png .*\(20, 24\) pixels.*\(24, 24\)"),
     ("mass", np.ones((24, 24)) / 255, "white.png of .*film.png .*levels up to 1, .*white"),
-    ("mass", b"no image", "white.png of .*film.png .*cannot identify"),
     ("", np.ones((24, 24)), "t.csv: film.png has no finding, but its mask is white")])
 def test_a_mask_that_cannot_be_right_is_refused(tmp_path, findings, mask, message):
     write_films(tmp_path / "set", "film.png")
     file = tmp_path / "set/white.png"
-    if isinstance(mask, np.ndarray):
-        save_mask(file, mask)
-    elif mask:
-        file.write_bytes(mask)
+    if mask is not None:
+        Image.fromarray(np.uint8(255 * mask)).save(file)
     labels = table(tmp_path / "t.csv", f"film.png,{findings},,test,white.png",
                    header=f"{HEADER},mask")
     with pytest.raises(afire.InputError, match=message):
         load(tmp_path / "set", labels)
-    save_mask(file, np.zeros((24, 24)))
+    Image.new("L", (24, 24)).save(file)
     assert not next(iter(load(tmp_path / "set", labels).masks.values())).any()
     labels.write_text(labels.read_text().replace("test,white", "train,nowhere"))
     assert load(tmp_path / "set", labels).masks == {}, "those of training images are not read"
@@ -2003,10 +1679,6 @@ def test_nobody_and_no_content_is_in_both_parts_and_the_counts_add_up(files, all
     read = {name: row for name, row in known.items() if row[2]}
     usable = {name for name in read if files[name] >= 0}
     assert bool(data) == (not refused and bool(usable)), printed
-    if read and rows is not None:
-        left_out = re.search(r"(\d+) images; left out: (\d+) rows .*, (\d+) files", printed)
-        assert [int(n) for n in left_out.groups()] == [
-            len(read), len(known) - len(read), len(images - known.keys())]
     if data:
         findings = findings_of(data)
         skipped = re.search(r"^skipped: (\d+) files", printed, re.M)
@@ -2041,10 +1713,11 @@ def test_phantoms_have_masks_exactly_where_labels_say_and_depend_on_seed_and_ind
 
 def test_without_data_a_fifth_of_2500_phantoms_is_held_out():
     data = afire.load_radiographs(None, 32)
-    images, labels, masks, findings = afire.phantoms(2500, 32)
-    assert np.array_equal(data.images, images) and np.array_equal(data.labels, labels)
-    assert data.findings == findings and data.masks.keys() == set(np.flatnonzero(labels.any(1)))
-    assert all(np.array_equal(mask, masks[row].any(0)) for row, mask in data.masks.items())
+    images, labels, masks, findings = afire.phantoms(100, 32)
+    assert np.array_equal(data.images[:100], images) and np.array_equal(data.labels[:100], labels)
+    assert data.findings == findings and [*data.masks] == [*np.flatnonzero(data.labels.any(1))]
+    for row in np.flatnonzero(labels.any(1)):
+        assert np.array_equal(data.masks[row], masks[row].any(0))
     assert sorted([*data.train, *data.test]) == list(range(2500)) and len(data.test) == 500
     assert len(set(data.hashes)) == len(set(data.patients)) == 2500
 
@@ -2129,24 +1802,19 @@ def test_restoration_is_drawn_where_tokens_are_hidden(monkeypatch):
 
 FINE = "pretrain --preset small --batch-size 1 --data {tmp}/fine "
 MISTAKES = {
-    "pretrain --arch vit_huge": "vit_huge", "pretrain --device abacus": "abacus",
-    "pretrain --device meta": "meta", "pretrain --lr nan": "argument --lr",
-    "pretrain --structure-weight -1": "structure-weight", "pretrain --seed -1": "seed",
-    "pretrain --seed 18446744073709551616": "seed", "pretrain --colour red": "colour",
-    "pretrain --img-size 30": "img-size", "pretrain --img-size 100000000": "img-size",
-    "pretrain --epochs 0": "epochs", FINE + "--batch-size 0": "batch-size",
-    FINE + "--batch-size 64": "batch-size", FINE + "--out {tmp}/odd.csv/run": "odd.csv",
+    "pretrain --device abacus": "abacus", "pretrain --device meta": "meta",
+    "pretrain --lr nan": "argument --lr", "pretrain --structure-weight -1": "structure-weight",
+    "pretrain --seed 18446744073709551616": "seed", "pretrain --img-size 100000000": "img-size",
+    "pretrain --img-size 30": "img-size", FINE + "--batch-size 64": "batch-size",
+    FINE + "--out {tmp}/odd.csv/run": "odd.csv", "pretrain --labels {tmp}/odd.csv": "--data",
     "pretrain --data {tmp}/nowhere": "nowhere", "pretrain --data {tmp}/empty": "empty",
-    "pretrain --data {tmp}/broken": "broken", "pretrain --data {tmp}/fine/a.png": "a.png",
+    "pretrain --data {tmp}/broken": "broken",
     "pretrain --data {tmp}/sick --labels {tmp}/sick.csv": "is normal.*mass",
-    "pretrain --labels {tmp}/odd.csv": "--data",
     FINE + "--labels {tmp}/no.csv": "no.csv", FINE + "--labels {tmp}/odd.csv": "odd.csv",
-    FINE + "--init {tmp}/no.pth": "no.pth",
+    FINE + "--init {tmp}/no.pth": "no.pth", "eval --ckpt {tmp}/nowhere": "nowhere",
     FINE + "--init {run}/checkpoint.pth --patch-size 16": "checkpoint.pth",
-    "eval --ckpt {run} --img-size 32": "img-size", "eval --ckpt {tmp}/nowhere": "nowhere",
-    "eval --ckpt {run} --levels sharp": "levels",
+    "eval --ckpt {run} --img-size 32": "img-size", "eval --ckpt {tmp}/odd.csv": "odd.*damaged",
     "eval --ckpt {run} --labels {tmp}/odd.csv": "odd.csv",
-    "eval --ckpt {tmp}/odd.csv": "odd.csv",
     "eval --ckpt {run} --data {tmp}/sick --labels {tmp}/sick.csv": "sick",
     "eval --ckpt {run} --data {tmp}/fine --labels {tmp}/1.csv": "1 normal .* train and 2 in test",
     "eval --ckpt {run} --data {tmp}/fine --labels {tmp}/2.csv": "2 normal .* train and 1 in test",
@@ -2163,11 +1831,12 @@ def test_bad_input_ends_in_one_sentence_that_names_it(tmp_path, run, capsys, mon
                                        for name, part in zip("abcd", n * ["train"] + 3 * ["test"])])
     table(tmp_path / "sick.csv", "MASS/a.png,mass,,train")
     (tmp_path / "broken").mkdir()
-    for name in "broken/a.png", "odd.csv":
+    for name in os.fsdecode(b"broken/\xff.png"), "odd.csv":
         (tmp_path / name).write_text("file,label\na.png,1\n")
     device = "" if "--device" in command else " --device cpu"
     sentence = refusal(capsys, (command + device).format(tmp=tmp_path, run=run).split())
     assert sentence.startswith("afire.py") and re.search(MISTAKES[command], sentence)
+    assert not Path("runs/afire").exists(), "a mistake leaves no folder"
 
 
 README = Path(afire.__file__).with_name("README.md").read_text(encoding="utf-8")

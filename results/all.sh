@@ -41,7 +41,8 @@ list_runs() {
         echo "restoration-$seed afire.py --structure-weight 0 --category-weight 0 --seed $seed"
         echo "phantoms-$seed afire.py --seed $seed"
     done
-    # The tuning of MAE, on the patients that AFiRe was tuned on: mask ratio, then learning rate.
+    # The tuning of MAE, as AFiRe's on held-out patients and reframed images of theirs: its mask
+    # ratio (.75 is mae-0), then its learning rate.
     echo "mae-r50 results/mae.py --mask-ratio .5 --epochs 83"
     echo "mae-r90 results/mae.py --mask-ratio .9 --epochs 113"
     echo "mae-lr-low results/mae.py --epochs 103 --lr 2.67e-3"
@@ -70,9 +71,9 @@ job() {
         --preset small --out "$run" "$@"
     make "$run/eval/metrics.json" afire.py eval --ckpt "$run"
     make "$run/eval/probes.npz" results/probes.py "$run" $trained_only
-    [[ $name != mae-r?0 && $name != mae-lr-* ]] || return 0
-    local part data labels
-    for part in published shifted; do
+    local part data labels parts="shifted published"
+    [[ $name != mae-r?0 && $name != mae-lr-* ]] || parts=shifted           # of the tuning
+    for part in $parts; do
         data=$([ $part = published ] && echo "$KERMANY" || echo shifted)
         labels=$([ $part = published ] && echo published.csv || echo shifted/labels.csv)
         make "$run/$part/metrics.json" afire.py eval --ckpt "$run" --data "$data" \
@@ -80,6 +81,7 @@ job() {
         make "$run/$part/probes.npz" results/probes.py "$run" $trained_only --data "$data" \
             --labels "$labels" --into $part
     done
+    [ "$parts" != shifted ] || return 0
     make "$run/cohesion.json" results/tokens.py "$run" --no-picture
     make "$run/locate/locate.npz" results/locate.py "$run" $trained_only
     if [[ " $THREE " == *" ${name##*-} "* ]]; then

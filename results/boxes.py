@@ -17,7 +17,7 @@ places, a static map that is the same for all patients is above .5 too. Hence th
     own minus others  AUROC of the own map, minus the mean of those of the other patients' maps
 
 and two rows: the distance to the image's centre, and the mean mask of the other patients.
-"Grad-CAM less normals" is Grad-CAM less its mean over normal images, as tokens differ more by
+"Grad-CAM minus normals" is Grad-CAM minus its mean over normal images, as tokens differ more by
 position than by finding. Writes boxes.npz, which has these values for each image, and boxes.png.
 """
 
@@ -85,7 +85,7 @@ def grad_cams(encoder, data, normals, device, steps, bar=None):
             lambda images: grad_cam(network, layer.weight[0], images), data.images, rows,
             device).cpu().numpy() for rows in (data.test, normals)]
         maps[f"Grad-CAM, {name}"] = plain.clip(0)
-        maps[f"Grad-CAM less normals, {name}"] = (plain - of_normals.mean(0)).clip(0)
+        maps[f"Grad-CAM minus normals, {name}"] = (plain - of_normals.mean(0)).clip(0)
     return maps
 
 
@@ -222,7 +222,7 @@ def evaluate(options):
             rows |= {f"{name}/{score}": localise(grids, masks, patients[data.test])
                      for score, grids in maps.items()}
             if name == "checkpoint":
-                shown = {score.replace(" less", "\nless"): grids[:5]
+                shown = {score.replace(" minus", "\nminus"): grids[:5]
                          for score, grids in maps.items() if not score.startswith("Grad-CAM, ")}
     print_rows(rows, patients[data.test])
     arrays |= {f"{row}/{column}": values for row, columns in rows.items()

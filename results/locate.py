@@ -13,9 +13,9 @@ and with lesions. Two generators:
 
 The classifier is a probe on the mean token, or an encoder fine-tuned from it; both give the AUROC
 of images with lesions. Maps are compared with the lesions' masks as in boxes.py: own map, own minus
-others, static priors. "less normals" is Grad-CAM less its mean over normal images. Beside Grad-CAM
-stand the anomaly scores, which have learned from normal images only, and the neighbours of plain
-pixels. RUN/locate/locate.npz has the values of every image.
+others, static priors. "minus normals" is Grad-CAM minus its mean over normal images. Beside
+Grad-CAM stand the anomaly scores, which have learned from normal images only, and the neighbours of
+plain pixels. RUN/locate/locate.npz has the values of every image.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def maps_of_network(encoder, model, data, normals, device, steps, bar):
         scores[name] = score_rows(network, layer, data, data.test, device)[:, 0]
         plain = cams(data.test)                                                # (T, side, side)
         maps[f"Grad-CAM, {name}"] = plain.clip(0)
-        maps[f"Grad-CAM less normals, {name}"] = (plain - cams(normals).mean(0)).clip(0)
+        maps[f"Grad-CAM minus normals, {name}"] = (plain - cams(normals).mean(0)).clip(0)
     return scores, maps
 
 

@@ -54,8 +54,8 @@ PROBES = [f"probe {fraction}" for fraction in FRACTIONS]
 CELLS = [f"{cells} {fraction}" for cells in ("mean token", "2 x 2", "probe")
          for fraction in FRACTIONS]
 ANOMALIES = ["prototype", "restoration", "neighbours", "nearest", "levels", "components"]
-GRAD_CAM = ["Grad-CAM, probe", "Grad-CAM less normals, probe", "Grad-CAM, tuned",
-            "Grad-CAM less normals, tuned"]
+GRAD_CAM = ["Grad-CAM, probe", "Grad-CAM minus normals, probe", "Grad-CAM, tuned",
+            "Grad-CAM minus normals, tuned"]
 TITLES = {"eval": "held-out patients", "published": "published split",
           "shifted": "reframed images", "locate/lesions": "AFiRe's lesions",
           "locate/ellipses": "ellipses", "phantoms/locate/findings": "phantoms", "boxes": "boxes"}
@@ -360,7 +360,7 @@ def print_table(title, columns, rows):
     if not rows:
         return
     print(f"| {title} | " + " | ".join(shown) + " | seeds |\n" + "| --- " * (2 + len(shown)) + "|")
-    form = "+.3f" if re.search("less|minus", title) else ".3f"
+    form = "+.3f" if re.search("minus", title) else ".3f"
     for name, row in rows.items():
         cells = []
         seeds = set()
@@ -394,18 +394,18 @@ def print_set(title, figures, names, columns, pixels=False):
     rows = rows_of(figures, names, columns)
     print_table(title, columns, rows)
 
-    def less(reference_of):
+    def minus(reference_of):
         return {name: {column: differences(by_seed, reference_of(column)) for column, by_seed
                        in row.items() if by_seed and reference_of(column)}
                 for name, row in rows.items()}
 
     if "AFiRe" in rows:
-        others = less(rows["AFiRe"].get)
+        others = minus(rows["AFiRe"].get)
         others.pop("AFiRe")
-        print_table(f"{title}, less AFiRe", columns, others)
+        print_table(f"{title}, minus AFiRe", columns, others)
     if pixels:
-        networks = less(lambda column: best_of_pixels(figures, columns[column]))
-        print_table(f"{title}, less the best of the pixels", columns,
+        networks = minus(lambda column: best_of_pixels(figures, columns[column]))
+        print_table(f"{title}, minus the best of the pixels", columns,
                     {name: row for name, row in networks.items() if "pixels" not in name})
 
 
@@ -423,7 +423,7 @@ def print_overview(sets, names):
 
     titles = ["probe, held-out patients", "probe, published split", "probe, reframed images",
               "fine-tuned on 10 %, held out", "anomaly, held out / published / reframed",
-              "Grad-CAM less normals in ellipses", "cohesion"]
+              "Grad-CAM minus normals in ellipses", "cohesion"]
     print("| pre-training | " + " | ".join(titles) + " |\n" + "| --- " * (1 + len(titles)) + "|")
     for name, row in names.items():
         anomalies = [score for score in ANOMALIES if mean("eval", score, name) != "–"]
@@ -433,7 +433,7 @@ def print_overview(sets, names):
         cells += [mean("eval", "finetune 10%", name),
                   " / ".join(mean(part, best, name) for part in ("eval", "published", "shifted"))
                   + f" {best}",
-                  mean("locate/ellipses", "Grad-CAM less normals, tuned/own map", name),
+                  mean("locate/ellipses", "Grad-CAM minus normals, tuned/own map", name),
                   mean("eval", "cohesion", name)]
         if re.search(r"\d", "".join(cells)):
             print(f"| {row} | " + " | ".join(cells) + " |")
@@ -473,10 +473,11 @@ def print_tables(sets):
     print_table("boxes, classifier of any finding", views,
                 {row: {view: sets[view].get("probe", {}).get(name) for view in views}
                  for name, row in networks.items()})
-    held_out = sets.get("eval", {})
-    print_table("tuning of MAE, held-out patients", probes, {
-        row: {column: {"0": by_seed["0"]} for column, by_seed in figures.items() if by_seed}
-        for row, figures in rows_of(held_out, TUNING, probes).items()})
+    for part in "eval", "shifted":
+        print_table(f"tuning of MAE, {TITLES[part]}", probes, {
+            row: {column: {"0": by_seed["0"]} for column, by_seed in figures.items()
+                  if by_seed and "0" in by_seed}
+            for row, figures in rows_of(sets.get(part, {}), TUNING, probes).items()})
     for part in "eval", "published", "shifted":
         figures = sets.get(part, {})
         columns = cells | {f"images by {score}": score for score in ("prototype", "neighbours")}

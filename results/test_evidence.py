@@ -240,8 +240,8 @@ def test_the_classifier_learns_from_lesions_in_train_and_maps_are_compared_with_
     def cams(part):
         return boxes.grad_cam(encoder, 4 * weight, torch.from_numpy(part) / 255)
 
-    less_normals = (cams(lesioned[n:]) - cams(plain[:n]).mean(0)).clamp_min(0)
-    for name, grids in ("", cams(lesioned[n:]).clamp_min(0)), (" less normals", less_normals):
+    minus_normals = (cams(lesioned[n:]) - cams(plain[:n]).mean(0)).clamp_min(0)
+    for name, grids in ("", cams(lesioned[n:]).clamp_min(0)), (" minus normals", minus_normals):
         maps = torch.nn.functional.interpolate(grids.unsqueeze(1), (32, 32), mode="bilinear")
         row = f"ellipses/checkpoint/Grad-CAM{name}, probe"
         for i, mask in enumerate(masks[:9]):
@@ -387,11 +387,11 @@ def test_intervals_are_of_a_loop_that_resamples_patients_and_seeds(tmp_path, cap
     assert cells[title, "AFiRe", "probe, 1 %"] == cell(
         lambda seed, sample: area("afire", seed, sample), range(5), ".3f")
     assert cells[title, "AFiRe", "seeds"] == "5" and cells[title, "mine", "seeds"] == "3"
-    assert cells[f"{title}, less AFiRe", "mine", "probe, 1 %"] == cell(
+    assert cells[f"{title}, minus AFiRe", "mine", "probe, 1 %"] == cell(
         lambda seed, r: area("mine", seed, r) - area("afire", seed, r), [1, 2, 4], "+.3f")
-    assert cells[f"{title}, less AFiRe", "pixels, 8 x 8", "probe, 1 %"] == cell(
+    assert cells[f"{title}, minus AFiRe", "pixels, 8 x 8", "probe, 1 %"] == cell(
         lambda seed, r: area("pixels", 0, r) - area("afire", seed, r), range(5), "+.3f")
-    assert cells[f"{title}, less the best of the pixels", "mine", "probe, 1 %"] == cell(
+    assert cells[f"{title}, minus the best of the pixels", "mine", "probe, 1 %"] == cell(
         lambda seed, r: area("mine", seed, r) - area("pixels", 0, r), [1, 2, 4], "+.3f")
 
 
@@ -437,8 +437,8 @@ def test_tables_take_what_the_scripts_write(run, probed, located, tmp_path, caps
     assert cells["held-out patients, tokens in cells", "AFiRe", "2 x 2, 100 %"].startswith(
         f"{area:.3f} (")
     arrays, _ = located
-    own = arrays["ellipses/checkpoint/Grad-CAM less normals, tuned/own minus others"].mean()
-    assert cells["ellipses, own minus others", "MAE", "Grad-CAM less normals, tuned"].startswith(
+    own = arrays["ellipses/checkpoint/Grad-CAM minus normals, tuned/own minus others"].mean()
+    assert cells["ellipses, own minus others", "MAE", "Grad-CAM minus normals, tuned"].startswith(
         f"{own:+.3f} (")
     classifier = roc_auc_score(arrays["lesions/labels"], arrays["lesions/checkpoint/tuned"])
     assert cells["AFiRe's lesions, images", "AFiRe", "by the tuned classifier"].startswith(

@@ -736,10 +736,10 @@ def test_boxes_are_of_new_patients_and_maps_of_what_was_learned(run, boxes_table
         if name != "pixels":
             x = mean_token(afire.features(encoder, learned)).double().numpy()
             plain, less = cams(encoder, ridge_by_sklearn(x, labels)[0])
-            expected |= {"Grad-CAM, probe": plain, "Grad-CAM less normals, probe": less}
+            expected |= {"Grad-CAM, probe": plain, "Grad-CAM minus normals, probe": less}
             tuned, weight, _ = finetune_by_hand(encoder, pixels[:52], labels, 3, mean_token)
             plain, less = cams(tuned, weight)
-            expected |= {"Grad-CAM, tuned": plain, "Grad-CAM less normals, tuned": less}
+            expected |= {"Grad-CAM, tuned": plain, "Grad-CAM minus normals, tuned": less}
             assert_classifier(printed, arrays, name, x, labels)
         for score, grids in expected.items():
             for column, values in boxes.localise(grids, masks, patients).items():
@@ -758,7 +758,7 @@ def test_boxes_are_of_new_patients_and_maps_of_what_was_learned(run, boxes_table
     _, columns, maps, captions, outlines = pictures[0]
     np.testing.assert_array_equal(columns["image"], pixels[52:57, 0])
     assert list(maps) == ["prototype", "restoration", "neighbours",
-                          "Grad-CAM\nless normals, probe", "Grad-CAM\nless normals, tuned"]
+                          "Grad-CAM\nminus normals, probe", "Grad-CAM\nminus normals, tuned"]
     found = boxes.localise(maps["neighbours"], masks[:5], patients[:5])["own map"]
     np.testing.assert_allclose(found, arrays["checkpoint/neighbours/own map"][:5], atol=1e-6)
     assert captions == [f"{name}\na|b" for name in BOXED[:5]]
