@@ -1201,7 +1201,7 @@ def evaluate(options):
         tested = len(data.normal(data.test))
         if min(len(normals), tested) < 2:
             raise InputError(f"--data {source.data} has {len(normals)} normal images in train and "
-                             f"{tested} in test: two of each are needed")
+                             f"{tested} in test: two of each are needed: add some to its table")
         measured, masks = masks_of_test(data)
         if masks.any() and not measured.all():
             print(f"{(~measured).sum()} abnormal test images have no mask: not counted by pixel")

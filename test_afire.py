@@ -1465,14 +1465,14 @@ def test_a_table_says_everything(tmp_path, capsys):
 @pytest.mark.parametrize("lines, header, message", [
     (["a.png,,train"], "image,findings,split", ", line 1: .*columns image, findings, patient"),
     (["a.png,,1,train,"], f"{HEADER},split", ", line 1: .*once each"), ([], "", ", line 1: "),
-    (["a.png,,1,train", "b.png,,1,dev"], HEADER, ", line 3: .*as split"),
+    (["a.png,,1,train", "b.png,,1,val"], HEADER, ", line 3: .*as split"),
     (["a.png,,1,train", "", "a.png,,1,train"], HEADER, ", line 4: "),
     (["a.png,train,1"], "image,split,patient,findings", ", line 2: it needs 4 cells"),
     ([",,1,train"], HEADER, ", line 2: "), (["a.png,,1,train,x"], HEADER, ", line 2: "),
     (["b.png,,,train", "a.png,\"Mass,,train", "c.png,,,train"], HEADER, ", after line 2: .*quote"),
     (["b.png,,,train", "a.png,\udcff,,train"], HEADER, ", line 3: not UTF-8"),
     *[([f"a.png,{findings},1,train"], HEADER, ", line 2: '.*' is no finding") for findings in (
-        "No Finding", "healthy", "Mass|NORMAL", "\"Mass, nodule\"", "Mass|", " Mass")],
+        "No Finding", "healthy", "Mass|NORMAL", "\"Mass, b\"", "Mass;b", "Mass|", " Mass")],
     (["a.png,,1,train", "c.png,,7,train", "b.png,,1,test", "d.png,,7,test"], HEADER,
      ": 2 patients are in train and in test, the first is 1"),
     (["a.png,,1,"], HEADER, ": no row has train or test as split"),

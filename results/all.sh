@@ -32,7 +32,7 @@ cd "${3:-evidence}"
 list_runs() {
     for seed in $SEEDS; do
         echo "afire-$seed afire.py --seed $seed"
-        echo "mae-$seed results/mae.py --epochs 103 --seed $seed"
+        echo "mae-$seed results/mae.py --epochs 103 --lr 24e-3 --seed $seed"
         echo "category-$seed afire.py --structure-weight 0 --restoration-weight 0 --seed $seed"
         [[ " $THREE " == *" $seed "* ]] || continue
         echo "lesions-$seed afire.py --category-weight 0 --seed $seed"
@@ -41,14 +41,14 @@ list_runs() {
         echo "restoration-$seed afire.py --structure-weight 0 --category-weight 0 --seed $seed"
         echo "phantoms-$seed afire.py --seed $seed"
     done
-    # The tuning of MAE, as AFiRe's on held-out patients and reframed images of theirs: its mask
-    # ratio (.75 is mae-0), then its learning rate.
+    # The tuning of MAE, as AFiRe's on held-out patients and reframed images of theirs: first its
+    # mask ratio, then its learning rate; mae-0 has three times that of AFiRe.
     echo "mae-r50 results/mae.py --mask-ratio .5 --epochs 83"
+    echo "mae-r75 results/mae.py --epochs 103"
     echo "mae-r90 results/mae.py --mask-ratio .9 --epochs 113"
     echo "mae-lr-low results/mae.py --epochs 103 --lr 2.67e-3"
-    echo "mae-lr-high results/mae.py --epochs 103 --lr 24e-3"
     echo "afire-128-0 afire.py --img-size 128 --patch-size 8"
-    echo "mae-128-0 results/mae.py --img-size 128 --patch-size 8 --epochs 103"
+    echo "mae-128-0 results/mae.py --img-size 128 --patch-size 8 --epochs 103 --lr 24e-3"
 }
 
 # make FILE COMMAND: runs the command unless the file is there; CODE/ stands before the script.
@@ -72,7 +72,7 @@ job() {
     make "$run/eval/metrics.json" afire.py eval --ckpt "$run"
     make "$run/eval/probes.npz" results/probes.py "$run" $trained_only
     local part data labels parts="shifted published"
-    [[ $name != mae-r?0 && $name != mae-lr-* ]] || parts=shifted           # of the tuning
+    [[ $name != mae-r?? && $name != mae-lr-* ]] || parts=shifted           # of the tuning
     for part in $parts; do
         data=$([ $part = published ] && echo "$KERMANY" || echo shifted)
         labels=$([ $part = published ] && echo published.csv || echo shifted/labels.csv)

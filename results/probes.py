@@ -134,10 +134,11 @@ def scores_of_pixels(data):
 def score_run(folder, options):
     """-> the arrays of probes.npz."""
     if options.data:
-        models, run, trained_on = afire.load_models(folder)
+        path = afire.find_checkpoint(folder)
+        models, run, trained_on = afire.load_models(path)
         size = models["checkpoint"][0].config["img_size"]
         data = afire.load_radiographs(options.data, size, labels=options.labels,
-                                      levels=run.levels if run else "file")
+                                      levels=afire.grey_levels(None, run, path)[0])
         data.test = afire.without_pretrained(data, np.isin(data.hashes, trained_on))
     else:
         models, _, data = load_run(folder)

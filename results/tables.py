@@ -45,8 +45,9 @@ PRETRAININGS = {                                           # folders of runs, an
     "crops": "structure and restoration, crops", "lesions": "structure and restoration, lesions",
     "structure": "structure loss only", "restoration": "restoration loss only",
     "category": "category loss only", "afire": "AFiRe"}
-TUNING = {"mae": "mask ratio .75", "mae-r50": "mask ratio .5", "mae-r90": "mask ratio .9",
-          "mae-lr-low": "learning rate / 3", "mae-lr-high": "learning rate x 3"}
+TUNING = {"mae-r50": "mask ratio .5", "mae-r75": "mask ratio .75", "mae-r90": "mask ratio .9",
+          "mae-lr-low": "mask ratio .75, learning rate / 3",
+          "mae": "mask ratio .75, learning rate x 3"}
 AT_128_PIXELS = {"untrained-128": "untrained, 128 px", "mae-128": "MAE, 128 px",
                  "afire-128": "AFiRe, 128 px"}
 FRACTIONS = ("1%", "10%", "100%")
@@ -422,21 +423,22 @@ def print_overview(sets, names):
         return "–" if np.isnan(value) else f"{value:.3f}".replace("0.", ".", 1)
 
     titles = ["probe, held-out patients", "probe, published split", "probe, reframed images",
-              "fine-tuned on 10 %, held out", "anomaly, held out / published / reframed",
-              "Grad-CAM minus normals in ellipses", "cohesion"]
+              "fine-tuned on 10 %, held out", "anomaly, held out/published/reframed",
+              "Grad-CAM minus normals in ellipses", "cohesion", "seeds"]
     print("| pre-training | " + " | ".join(titles) + " |\n" + "| --- " * (1 + len(titles)) + "|")
     for name, row in names.items():
         anomalies = [score for score in ANOMALIES if mean("eval", score, name) != "–"]
         best = max(anomalies, key=lambda score: mean("eval", score, name), default="")
-        cells = [" / ".join(mean(part, score, name) for score in PROBES)
+        cells = ["/".join(mean(part, score, name) for score in PROBES)
                  for part in ("eval", "published", "shifted")]
+        anomaly = [mean(part, best, name) for part in ("eval", "published", "shifted")]
         cells += [mean("eval", "finetune 10%", name),
-                  " / ".join(mean(part, best, name) for part in ("eval", "published", "shifted"))
-                  + f" {best}",
+                  f"{'/'.join(anomaly)} {best}" if best else "–",
                   mean("locate/ellipses", "Grad-CAM minus normals, tuned/own map", name),
                   mean("eval", "cohesion", name)]
+        seeds = {*sets.get("eval", {}).get(PROBES[0], {}).get(name, {})} - {""}
         if re.search(r"\d", "".join(cells)):
-            print(f"| {row} | " + " | ".join(cells) + " |")
+            print(f"| {row} | " + " | ".join(cells) + f" | {len(seeds) or '–'} |")
     print()
 
 
