@@ -206,6 +206,7 @@ def collect(root, file):
     folders = sorted(path.parent for path in Path(root, "runs").glob("*/checkpoint.pth"))
     sets = {}
     scores = {}
+    shapes = {}
     for folder in tqdm(folders, "collect", unit="run", delay=1):
         prefix = "phantoms/" * folder.name.startswith("phantoms")
         for part, images, results in read_run(folder):
@@ -220,6 +221,10 @@ def collect(root, file):
                     ("prototype", "restoration"))          # its head and decoder are not AFiRe's
                 if run and not meaningless:
                     scores.setdefault((prefix + part, score, run), array)
+                    if array.shape != shapes.setdefault((prefix + part, score), array.shape):
+                        raise afire.InputError(f"{folder}: {score} of {part} has {len(array)} "
+                                               "repeats, other runs have more or fewer: start its "
+                                               "script again with the same --repeats")
     if not scores:
         raise afire.InputError(f"{root}/runs has no run with results: start results/all.sh first")
 
@@ -457,6 +462,11 @@ def print_tables(sets):
         print_set(TITLES[part], sets.get(part, {}), names, columns, pixels=True)
         print_table(f"{TITLES[part]}, tokens in cells", cells,
                     rows_of(sets.get(part, {}), networks, cells))
+        lesions, crops = [rows_of(sets.get(part, {}), {name: name}, probes)[name]
+                          for name in ("lesions", "crops")]
+        print_table(f"{TITLES[part]}, lesions minus crops", probes, {"structure and restoration": {
+            column: differences(lesions[column], crops[column]) for column in probes
+            if lesions[column] and crops[column]}})
     print_table("held-out patients, cohesion", ["silhouette"],
                 rows_of(sets.get("eval", {}), networks, {"silhouette": "cohesion"}))
     for part in "locate/lesions", "locate/ellipses", "phantoms/locate/findings", "boxes":

@@ -83,7 +83,8 @@ def test_the_probe_is_scikit_learns_with_the_penalty_of_the_smallest_error(n, di
         y = x[:, :2] + noise * random.standard_normal((n, 2)) > 5
         weight, bias, penalty = probes.ridge_with_chosen_penalty(torch.from_numpy(x),
                                                                  torch.from_numpy(y))
-        expected = make_pipeline(StandardScaler(), RidgeCV([1, 10, 100, 1000, 10000])).fit(x, y * 1.0)
+        expected = make_pipeline(StandardScaler(), RidgeCV([1, 10, 100, 1000, 10000]))
+        expected.fit(x, y * 1.0)
         assert penalty == expected[1].alpha_
         np.testing.assert_allclose(torch.from_numpy(x) @ weight + bias, expected.predict(x),
                                    atol=1e-6)
