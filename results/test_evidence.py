@@ -479,6 +479,10 @@ def test_tables_refuse_other_images_and_files_that_are_cut_off(tmp_path, capsys)
     file = tmp_path / "runs/afire-1/eval/probes.npz"
     file.write_bytes(file.read_bytes()[:300])
     assert "is cut off or no .npz file" in refusal(capsys, tables, "collect", tmp_path)
+    file.unlink()
+    write_run(tmp_path, "afire", 2, images, probe=np.zeros((2, 60, 2)))
+    sentence = refusal(capsys, tables, "collect", tmp_path)
+    assert "afire-2: probe 1% of eval has 2 repeats" in sentence and "--repeats" in sentence
 
 
 def test_the_numbers_of_both_pages_are_those_of_scores_npz(capsys):
