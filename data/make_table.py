@@ -65,8 +65,8 @@ CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Op
 MEDMNIST = {(78468, 11219, 22433): CHESTXRAY14, (4708, 524, 624): ["pneumonia"]}
 # What a frontal chest radiograph may have in its DICOM header. XR is not in the standard, but used.
 CHEST_IMAGE = {"Modality": r"^(CR|DR|DX|RG|XR)$",
-        "ViewPosition": r"(?<![A-Z])(AP|PA|FRONTAL)(?![A-Z])",
-        "BodyPartExamined": r"CHEST|THORA|TORAX|LUNG"}
+               "ViewPosition": r"(?<![A-Z])(AP|PA|FRONTAL)(?![A-Z])",
+               "BodyPartExamined": r"CHEST|THORA|TORAX|LUNG"}
 WITHOUT_FILE = "without a file"
 BACKSLASH = "whose name contains \\"
 SPACE = "whose name begins or ends with a space"

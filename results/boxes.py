@@ -72,13 +72,20 @@ def cross_validated(encoder, data, device):
     return scores
 
 
-def grad_cams(encoder, data, normals, device, steps, bar=None):
-    """Of a probe and a fine-tuned classifier: -> {score: maps (T, side, side) of data.test}.
+def learn_classifiers(encoder, data, device, steps, bar=None):
+    """A probe and a fine-tuned classifier of data.train: -> {name: (encoder, linear layer)}.
 
-    Both learn from data.train, of one finding; normals: rows of normal images; bar: as of finetune.
+    bar: as of finetune.
     """
-    classifiers = {"probe": (encoder, probe(encoder, data, data.train, device, CELLS)),
-                   "tuned": finetune(encoder, data, data.train, steps, device, CELLS, bar)}
+    return {"probe": (encoder, probe(encoder, data, data.train, device, CELLS)),
+            "tuned": finetune(encoder, data, data.train, steps, device, CELLS, bar)}
+
+
+def grad_cams(classifiers, data, normals, device):
+    """Of classifiers of one finding: -> {score: maps (T, side, side) of data.test}.
+
+    classifiers: as by learn_classifiers; normals: rows of normal images.
+    """
     maps = {}
     for name, (network, layer) in classifiers.items():
         plain, of_normals = [afire.in_batches(
@@ -218,7 +225,8 @@ def evaluate(options):
             print_classifier(f"{name}/probe", scores, truth, views)
             arrays[f"train/{name}/probe"] = scores
             maps = afire.anomaly_maps(data.images, data.test, device, encoder, model, normals)
-            maps |= grad_cams(encoder, any_finding, normals, device, options.steps, bar)
+            classifiers = learn_classifiers(encoder, any_finding, device, options.steps, bar)
+            maps |= grad_cams(classifiers, any_finding, normals, device)
             rows |= {f"{name}/{score}": localise(grids, masks, patients[data.test])
                      for score, grids in maps.items()}
             if name == "checkpoint":

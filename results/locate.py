@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from boxes import CELLS, grad_cam, localise, static_priors  # noqa: E402
-from finetune import finetune, probe, score_rows  # noqa: E402
+from boxes import grad_cams, learn_classifiers, localise, static_priors  # noqa: E402
+from finetune import score_rows  # noqa: E402
 from lesions import add_lesions, exit_on_bad_input, load_run  # noqa: E402
 
 
@@ -95,18 +95,10 @@ def maps_of_network(encoder, model, data, normals, device, steps, bar):
     scores = {score: afire.image_scores(grids) for score, grids in maps.items()}
     if not model:                                          # pixels: no Grad-CAM
         return scores, maps
-    classifiers = {"probe": (encoder, probe(encoder, data, data.train, device, CELLS)),
-                   "tuned": finetune(encoder, data, data.train, steps, device, CELLS, bar)}
+    classifiers = learn_classifiers(encoder, data, device, steps, bar)
     for name, (network, layer) in classifiers.items():
-        def cams(rows):
-            return afire.in_batches(lambda images: grad_cam(network, layer.weight[0], images),
-                                    data.images, rows, device).cpu().numpy()
-
         scores[name] = score_rows(network, layer, data, data.test, device)[:, 0]
-        plain = cams(data.test)                                                # (T, side, side)
-        maps[f"Grad-CAM, {name}"] = plain.clip(0)
-        maps[f"Grad-CAM minus normals, {name}"] = (plain - cams(normals).mean(0)).clip(0)
-    return scores, maps
+    return scores, maps | grad_cams(classifiers, data, normals, device)
 
 
 def score_set(data, models, patch_size, device, steps, bar):
