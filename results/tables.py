@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints every table of README.md and results/README.md, from results/scores.npz alone.
 
-    python results/tables.py collect ROOT [--scores FILE]       first, from the runs in ROOT/runs
+    python results/tables.py collect ROOT [--add] [--scores FILE]       first, from ROOT/runs
     python results/tables.py [--without REGEX] [--scores FILE]
 
 A row is the mean over the seeds of a pre-training. 95 % intervals are by a bootstrap of 1,000
@@ -19,10 +19,12 @@ SET|SCORE|runs, their names, "pre-training:seed" (no seed: pixels, static maps).
     int16   (N, T), AUROC of pixels within an image, or a difference, times 32767; -32768: NaN
     float   (N,), the silhouette, which belongs to no image
 
-To compare another method, put its run into ROOT/runs as NAME-SEED, evaluate it and collect again.
+To compare another method, put its run into ROOT/runs as NAME-SEED, evaluate it, and collect with
+--add, which keeps the scores that are in the file.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -201,30 +203,67 @@ def name_of(folder, network):
     return f"{network}:" if name == "afire" else None
 
 
-def collect(root, file):
-    """Gathers the scores of all runs in root/runs, as far as they fit, into the file."""
+def read_runs(root):
+    """All runs in root/runs: yields their folder, set, images, {(run, score): array}."""
     folders = sorted(path.parent for path in Path(root, "runs").glob("*/checkpoint.pth"))
-    sets = {}
-    scores = {}
-    shapes = {}
     for folder in tqdm(folders, "collect", unit="run", delay=1):
         prefix = "phantoms/" * folder.name.startswith("phantoms")
         for part, images, results in read_run(folder):
-            reference = sets.setdefault(prefix + part, images)
-            for key in images:
-                if not np.array_equal(images[key], reference[key]):
-                    raise afire.InputError(f"{folder}: {part} has other {key} than the first run: "
-                                           "evaluate all runs on the same data")
+            scores = {}
             for (network, score), array in results.items():
                 run = name_of(folder.name, network)
                 meaningless = run and run.startswith("mae") and score.startswith(
                     ("prototype", "restoration"))          # its head and decoder are not AFiRe's
                 if run and not meaningless:
-                    scores.setdefault((prefix + part, score, run), array)
-                    if array.shape != shapes.setdefault((prefix + part, score), array.shape):
-                        raise afire.InputError(f"{folder}: {score} of {part} has {len(array)} "
-                                               "repeats, other runs have more or fewer: start its "
-                                               "script again with the same --repeats")
+                    scores[run, score] = array
+            yield folder, prefix + part, images, scores
+
+
+def load_scores(file):
+    """-> {name: array} of scores.npz."""
+    arrays = load_arrays(file)
+    if not any(key.endswith("|runs") for key in arrays):
+        raise afire.InputError(f"{file} has no scores of runs: name a file that collect has made")
+    return arrays
+
+
+def read_scores(file):
+    """scores.npz: yields the file, a set, its images, {(run, score): array}."""
+    arrays = load_scores(file)
+    parts = {}
+    for key in arrays:
+        part, name = key.split("|", 1)
+        parts.setdefault(part, {})[name] = arrays[key]
+    for part, by_name in parts.items():
+        images = {name: by_name[name] for name in ("images", "patients", "labels", "located")}
+        scores = {(run, name): array for name in by_name if f"{name}|runs" in by_name
+                  for run, array in zip(by_name[f"{name}|runs"].tolist(), by_name[name])}
+        yield file, part, images, scores
+
+
+def collect(root, file, add=False):
+    """Gathers the scores of all runs in root/runs, as far as they fit, into the file.
+
+    With add, the scores in the file stay, except where root has newer ones.
+    """
+    sources = read_runs(root)
+    if add:
+        sources = itertools.chain(sources, read_scores(file))
+    sets = {}
+    scores = {}
+    shapes = {}
+    for source, part, images, results in sources:
+        reference = sets.setdefault(part, images)
+        for key in images:
+            if not np.array_equal(images[key], reference[key]):
+                raise afire.InputError(f"{source}: {part} has other {key} than the first run: "
+                                       "evaluate all runs on the same data")
+        for (run, score), array in results.items():
+            scores.setdefault((part, score, run), array)
+            if array.shape != shapes.setdefault((part, score), array.shape):
+                raise afire.InputError(f"{source}: {score} of {part} has {len(array)} repeats, "
+                                       "other runs have more or fewer: start its script again "
+                                       "with the same --repeats")
     if not scores:
         raise afire.InputError(f"{root}/runs has no run with results: start results/all.sh first")
 
@@ -249,8 +288,8 @@ def collect(root, file):
         arrays[f"{part}|{score}"] = np.stack(list(by_run.values()))
         arrays[f"{part}|{score}|runs"] = np.array(list(by_run))
     np.savez_compressed(file, **arrays)
-    print(f"in {file}: {Path(file).stat().st_size / 1e6:.1f} MB, the scores of {len(folders)} runs "
-          "without maps and without eval's own probe\n"
+    print(f"in {file}: {Path(file).stat().st_size / 1e6:.1f} MB, the scores of "
+          f"{len({run for _, _, run in scores})} networks, without maps and eval's own probe\n"
           f"left out for some runs, as they do not fit: {'; '.join(sorted(left_out)) or 'none'}")
 
 
@@ -309,7 +348,7 @@ def figure_of(array, labels, located, weights):
 
 def read_figures(file, without=None):
     """scores.npz: -> {set: {score: {pre-training: {seed: (1 + samples,)}}}}."""
-    arrays = load_arrays(file)
+    arrays = load_scores(file)
     sets = {}
     weights = {}
     for key in tqdm([key for key in arrays if key.endswith("|runs")], "samples", delay=1):
@@ -501,6 +540,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", nargs="?", choices=["collect"], help="makes scores.npz")
     parser.add_argument("root", nargs="?", help="folder in which runs/ is, for collect")
+    parser.add_argument("--add", action="store_true",
+                        help="collect: keep the scores in the file that ROOT does not have")
     parser.add_argument("--scores", default=Path(__file__).with_name("scores.npz"), type=Path,
                         help="file (default: results/scores.npz)")
     parser.add_argument("--without", metavar="REGEX", help="leave out images of such names")
@@ -509,7 +550,7 @@ def main(argv=None):
         if options.command:
             if not options.root:
                 raise afire.InputError("collect needs the folder ROOT, in which runs/ is")
-            collect(options.root, options.scores)
+            collect(options.root, options.scores, options.add)
         else:
             print_tables(read_figures(options.scores, options.without))
 

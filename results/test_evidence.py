@@ -471,6 +471,8 @@ def test_images_can_be_left_out_and_what_does_not_fit_is_said(tmp_path, capsys, 
 def test_tables_refuse_other_images_and_files_that_are_cut_off(tmp_path, capsys):
     assert "start results/all.sh" in refusal(capsys, tables, "collect", tmp_path)
     assert "cannot use" in refusal(capsys, tables, "--scores", tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    assert "has no scores" in refusal(capsys, tables, "--scores", tmp_path / "other.npz")
     images = images_of_patients()
     write_run(tmp_path, "afire", 0, images, probe=np.zeros((5, 60, 2)))
     write_run(tmp_path, "afire", 1, images | {"patients": images["images"]},
@@ -483,6 +485,36 @@ def test_tables_refuse_other_images_and_files_that_are_cut_off(tmp_path, capsys)
     write_run(tmp_path, "afire", 2, images, probe=np.zeros((2, 60, 2)))
     sentence = refusal(capsys, tables, "collect", tmp_path)
     assert "afire-2: probe 1% of eval has 2 repeats" in sentence and "--repeats" in sentence
+
+
+def test_collecting_with_add_keeps_what_the_new_runs_lack(tmp_path, capsys):
+    """Another method is added to a file whose runs are elsewhere; a newer score replaces an old."""
+    images = images_of_patients()
+    random = np.random.default_rng(0)
+    scores = {name: random.standard_normal((5, 60, 2)) for name in ("old", "mean", "new", "mine")}
+    pixels = {"pixels/8 x 8 1%": random.standard_normal((5, 60, 2))}
+    older = tmp_path / "older"
+    write_run(older, "afire", 0, images, probe=scores["old"], **pixels,
+              **{"checkpoint/1 x 1 1%": scores["mean"]})
+    write_run(tmp_path, "afire", 0, images, probe=scores["new"])
+    write_run(tmp_path, "mine", 3, images, probe=scores["mine"])
+    file = tmp_path / "scores.npz"
+    tables.main(["collect", str(older), "--scores", str(file)])
+    tables.main(["collect", str(tmp_path), "--add", "--scores", str(file)])
+    arrays = dict(np.load(file))
+    labels = images["labels"]
+    for run, score, array in (("afire:0", "probe", "new"), ("mine:3", "probe", "mine"),
+                              ("afire:0", "mean token", "mean")):
+        kept = arrays[f"eval|{score} 1%"][list(arrays[f"eval|{score} 1%|runs"]).index(run)]
+        np.testing.assert_array_equal(kept, tables.as_ranks(scores[array], labels))
+    assert "pixels, 8 x 8:" in arrays["eval|probe 1%|runs"]
+    before = file.read_bytes()
+    tables.main(["collect", str(tmp_path), "--add", "--scores", str(file)])
+    assert file.read_bytes() == before
+    write_run(tmp_path, "mine", 4, images | {"images": images["patients"]}, probe=scores["mine"])
+    assert "other images than" in refusal(capsys, tables, "collect", tmp_path, "--add",
+                                          "--scores", file)
+    assert file.read_bytes() == before
 
 
 def test_the_numbers_of_both_pages_are_those_of_scores_npz(capsys):
