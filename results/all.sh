@@ -11,8 +11,8 @@
 # SEEDS       of AFiRe, category loss only and MAE (default: 0 to 4); the others take the first three
 # JOBS        runs at a time (default: 2), each on one core; ROOT/logs has what they print
 #
-# Start it again to go on after a stop: what has its results is skipped. A run that failed is named
-# at the end, and the tables have what is there.
+# Start it again to go on after a stop: what has its results is skipped, with the same code and data
+# only. A run that failed is named at the end, and the tables have what is there.
 set -euo pipefail
 if [ $# -lt 1 ] || [ ! -d "$1/train" ] || [ ! -d "$1/test" ]; then
     echo "all.sh: name the folder of Kermany's set, which has train and test in it" >&2
@@ -27,6 +27,13 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 export THREE=$(echo $SEEDS | cut -d " " -f 1-3)
 mkdir -p "${3:-evidence}/logs" "${3:-evidence}/runs"
 cd "${3:-evidence}"
+made_by="$(cd "$CODE" && cat afire.py results/{mae,crops,probes,locate,boxes,finetune,tokens}.py \
+    results/{shift,runs}.py data/make_table.py | cksum) $KERMANY $NIH"
+if [ -e made_by ] && [ "$(cat made_by)" != "$made_by" ]; then
+    echo "all.sh: $PWD has results of other code or other data: remove it, or name another ROOT" >&2
+    exit 2
+fi
+echo "$made_by" > made_by
 
 # What each run trains, best first: NAME SCRIPT OPTIONS. MAE takes as long as AFiRe.
 list_runs() {
@@ -85,7 +92,8 @@ job() {
     make "$run/cohesion.json" results/tokens.py "$run" --no-picture
     make "$run/locate/locate.npz" results/locate.py "$run" $trained_only
     if [[ " $THREE " == *" ${name##*-} "* ]]; then
-        make "$run/finetune/predictions.npz" results/finetune.py "$run" --fractions 10%
+        make "$run/finetune/predictions.npz" results/finetune.py "$run" --fractions 10% \
+            --repeats 2
     fi
     if [ -n "$NIH" ]; then
         make "$run/boxes/boxes.npz" results/boxes.py --ckpt "$run" --data nih \

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input  # noqa: E402
+from runs import exit_on_bad_input  # noqa: E402
 
 
 def parts_of_a_step(trainer, file):

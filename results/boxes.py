@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
 from finetune import finetune, probe, score_rows  # noqa: E402
-from lesions import exit_on_bad_input  # noqa: E402
+from runs import exit_on_bad_input  # noqa: E402
 
 CELLS = 1                  # Grad-CAM weighs channels alike at all positions, so the probe does too
 FOLDS = 3

@@ -24,7 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input  # noqa: E402
+from runs import exit_on_bad_input  # noqa: E402
 
 PANELS = {"structure": "L_stru", "category": "L_cate", "restoration": "L_rest",
           "lr": "learning rate", "gradient_norm": "norm of the gradient"}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input, load_run  # noqa: E402
+from runs import exit_on_bad_input, load_run  # noqa: E402
 
 REPEATS = {"1%": 5, "10%": 5, "100%": 1}                   # as in afire.learn_from_few
 

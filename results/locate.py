@@ -24,13 +24,27 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
 from boxes import grad_cams, learn_classifiers, localise, static_priors  # noqa: E402
 from finetune import score_rows  # noqa: E402
-from lesions import add_lesions, exit_on_bad_input, load_run  # noqa: E402
+from runs import exit_on_bad_input, load_run  # noqa: E402
+
+
+def add_lesions(images, seed=0):
+    """AFiRe's lesions: images (n, 1, S, S) uint8 -> lesioned (n, 1, S, S), masks (n, S, S) bool."""
+    lesioned = []
+    masks = []
+    for i in range(0, len(images), 64):
+        part = torch.from_numpy(images[i:i + 64]) / 255
+        generator = torch.Generator().manual_seed(seed)
+        x, mask = afire.synthetic_lesion_mask(part, generator, offset=i)
+        lesioned.append((255 * x).round().byte().numpy())
+        masks.append(mask[:, 0].numpy() > 0)
+    return np.concatenate(lesioned), np.concatenate(masks)
 
 
 def add_ellipses(images, seed=0):

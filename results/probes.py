@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input, load_run  # noqa: E402
+from runs import exit_on_bad_input, load_run  # noqa: E402
 
 PENALTIES = (1, 10, 100, 1000, 10000)
 CELLS = (1, 2, 4)                                          # on a side, of the grid of tokens

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input  # noqa: E402
+from runs import exit_on_bad_input  # noqa: E402
 
 
 def move(image, random):

@@ -2,13 +2,14 @@
 """Prints every table of README.md and results/README.md, from results/scores.npz alone.
 
     python results/tables.py collect ROOT [--add] [--scores FILE]       first, from ROOT/runs
-    python results/tables.py [--without REGEX] [--scores FILE]
+    python results/tables.py [--scores FILE]
 
 A row is the mean over the seeds of a pre-training. 95 % intervals are by a bootstrap of 1,000
-samples over patients and seeds. The images of a patient stay together, and all runs are tested on
-the same sample of patients. Differences are between runs of the same seed; seeds that only one of
-two rows has are ignored. With one seed, an interval is over patients alone. --without leaves out
-images whose names match.
+samples over patients, over the draws of the labels to learn from, and over seeds. The images of a
+patient stay together, and a sample has the same patients and draws in all runs. Differences are
+between runs of the same seed; seeds that only one of two rows has are ignored. The best of the
+pixels is the best in each sample. With one seed, an interval does not cover other seeds, and with
+two or three it is too narrow. A cell with fewer seeds than its row says so.
 
 scores.npz has, for each test set, SET|images, SET|patients, SET|labels (T, F) and SET|located (T,),
 the images in which something is to be located; and for each score SET|SCORE of N runs and
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input  # noqa: E402
+from runs import exit_on_bad_input  # noqa: E402
 
 LIMIT = 3_900_000                                          # bytes of scores.npz
 PRETRAININGS = {                                           # folders of runs, and their rows
@@ -145,7 +146,7 @@ def scores_of_maps(arrays):
         network = network.replace("pixels", "pixels, 8 x 8")
         if score.endswith(("/own map", "/own minus others")):
             scores[network, score] = as_values(array, arrays["located"])
-        elif score and len(array) == len(images["images"]):
+        elif score and "/" not in score and len(array) == len(images["images"]):
             scores[network, score] = as_ranks(array[:, None], images["labels"])
     return images, scores
 
@@ -191,8 +192,10 @@ def read_run(folder):
 def name_of(folder, network):
     """The row and the seed of a network in a run's folder, None if another run has it too."""
     name, _, seed = folder.rpartition("-")
-    if folder in TUNING or not seed.isdecimal():
+    if folder in TUNING:
         name, seed = folder, "0"
+    if not seed.isdecimal():
+        raise afire.InputError(f"runs/{folder} has no seed in its name: rename it to NAME-SEED")
     name = name.replace("phantoms", "afire")
     if network == "checkpoint":
         return f"{name}:{seed}"
@@ -212,9 +215,9 @@ def read_runs(root):
             scores = {}
             for (network, score), array in results.items():
                 run = name_of(folder.name, network)
-                meaningless = run and run.startswith("mae") and score.startswith(
-                    ("prototype", "restoration"))          # its head and decoder are not AFiRe's
-                if run and not meaningless:
+                of_mae = run and run.partition(":")[0] in ("mae", "mae-128", *TUNING)
+                meaningless = of_mae and score.startswith(("prototype", "restoration"))
+                if run and not meaningless:                # MAE has another head and decoder
                     scores[run, score] = array
             yield folder, prefix + part, images, scores
 
@@ -326,7 +329,8 @@ def figure_of(array, labels, located, weights):
     """The figure of a run's score by each column of weights (T, R): -> (R,).
 
     Ranks (repeats, T, F) or (T, F): AUROC of each finding, a mean over the repeats in which it is
-    known, then over findings; F = 1 is a score for any finding. Values (T,): their mean.
+    known, then over findings; F = 1 is a score for any finding. Column 0 has every repeat once, the
+    others as many with replacement. Values (T,): their mean.
     """
     if array.ndim == 0:
         return np.full(weights.shape[1], float(array))
@@ -343,31 +347,26 @@ def figure_of(array, labels, located, weights):
         ranks = repeats[repeat, :, f]
         if (ranks != 65535).all():
             areas[repeat, f] = weighted_auroc(ranks, labels[:, f], weights)
+    drawn = np.random.default_rng(2).integers(len(areas), size=(len(areas), 1, weights.shape[1]))
+    drawn[:, 0, 0] = np.arange(len(areas))
+    areas = np.take_along_axis(areas, drawn, 0)
     return afire.nan_mean(afire.nan_mean(areas, 0), 0)
 
 
-def read_figures(file, without=None):
+def read_figures(file):
     """scores.npz: -> {set: {score: {pre-training: {seed: (1 + samples,)}}}}."""
     arrays = load_scores(file)
     sets = {}
     weights = {}
     for key in tqdm([key for key in arrays if key.endswith("|runs")], "samples", delay=1):
         part, score, _ = key.split("|")
-        images, patients, labels, located = [
-            arrays[f"{part}|{name}"] for name in ("images", "patients", "labels", "located")]
-        kept = np.array([not (without and re.search(without, str(name))) for name in images])
-        if not kept.any():
-            raise afire.InputError(f"--without {without} leaves no image of {part}: choose another")
         if part not in weights:
-            weights[part] = sample_patients(patients[kept])
+            weights[part] = sample_patients(arrays[f"{part}|patients"])
         for run, array in zip(arrays[key].tolist(), arrays[f"{part}|{score}"]):
-            if array.ndim:
-                axis = array.ndim - (1 if array.dtype == np.int16 else 2)      # of the images
-                array = array.compress(kept, axis)
             name, _, seed = run.partition(":")
             by_name = sets.setdefault(part, {}).setdefault(score, {})
-            by_name.setdefault(name, {})[seed] = figure_of(array, labels[kept], located[kept],
-                                                           weights[part])
+            by_name.setdefault(name, {})[seed] = figure_of(
+                array, arrays[f"{part}|labels"], arrays[f"{part}|located"], weights[part])
     return sets
 
 
@@ -395,10 +394,21 @@ def differences(by_seed, reference):
 
 # ---- Tables --------------------------------------------------------------------------------------
 
+def number_of_seeds(by_seed):
+    """Pixels and static maps have none, and so has a cell without figures."""
+    return len({*(by_seed or {})} - {""})
+
+
+def fewer_seeds(by_seed, seeds):
+    """What is said of a cell in a row of so many seeds."""
+    number = number_of_seeds(by_seed)
+    return f", {number} seed{'s' * (number > 1)}" if 0 < number < seeds else ""
+
+
 def print_table(title, columns, rows):
     """rows {name: {column: {seed: figures} or None}}; columns and rows without any are left out.
 
-    Differences are signed.
+    Differences are signed. A cell with fewer seeds than its row says how many.
     """
     shown = [column for column in columns if any(row.get(column) for row in rows.values())]
     rows = {name: row for name, row in rows.items() if any(row.get(column) for column in shown)}
@@ -408,15 +418,14 @@ def print_table(title, columns, rows):
     form = "+.3f" if re.search("minus", title) else ".3f"
     for name, row in rows.items():
         cells = []
-        seeds = set()
+        seeds = max(number_of_seeds(by_seed) for by_seed in row.values())
         for column in shown:
             value, low, high = with_interval(row[column]) if row.get(column) else [np.nan] * 3
             cell = "–" if np.isnan(value) else f"{value:{form}}"
             if low < high:                                 # cohesion with one seed has no interval
                 cell += f" ({low:{form}} to {high:{form}})"
-            cells.append(cell)
-            seeds.update(row.get(column) or {})
-        print(f"| {name} | " + " | ".join(cells) + f" | {len(seeds - {''}) or '–'} |")
+            cells.append(cell + fewer_seeds(row.get(column), seeds))
+        print(f"| {name} | " + " | ".join(cells) + f" | {seeds or '–'} |")
     print()
 
 
@@ -427,11 +436,11 @@ def rows_of(figures, names, columns):
 
 
 def best_of_pixels(figures, score):
-    """The pixels' {seed: figures} that are highest: of probes, or of all anomaly scores."""
-    scores = ANOMALIES if score in ANOMALIES else [score.replace("finetune", "probe")]
-    found = [by_seed for key in scores for name, by_seed in figures.get(key, {}).items()
+    """The highest of the pixels' figures in each sample, of this probe or of all anomaly scores."""
+    scores = ANOMALIES if score in ANOMALIES else [score]
+    found = [by_seed[""] for key in scores for name, by_seed in figures.get(key, {}).items()
              if name.startswith("pixels")]
-    return max(found, key=lambda by_seed: by_seed[""][0], default=None)
+    return {"": np.max(found, 0)} if found else None
 
 
 def print_set(title, figures, names, columns, pixels=False):
@@ -459,31 +468,55 @@ def in_percent(score):
     return re.sub(r" (\d+)%$", r", \1 %", score)
 
 
+def best_detector(sets, name):
+    """The anomaly score of a row that is best on held-out patients, None if it has none."""
+    areas = {score: np.mean([figures[0] for figures in by_name[name].values()])
+             for score, by_name in sets.get("eval", {}).items()
+             if score in ANOMALIES and name in by_name}
+    return max(areas, key=areas.get, default=None)
+
+
 def print_overview(sets, names):
     """The table of README.md: means, and the anomaly score that is best on held-out patients."""
-    def mean(part, score, name):
-        by_seed = sets.get(part, {}).get(score, {}).get(name)
-        value = np.mean([figures[0] for figures in by_seed.values()]) if by_seed else np.nan
-        return "–" if np.isnan(value) else f"{value:.3f}".replace("0.", ".", 1)
-
     titles = ["probe, held-out patients", "probe, published split", "probe, reframed images",
               "fine-tuned on 10 %, held out", "anomaly, held out/published/reframed",
               "Grad-CAM minus normals in ellipses", "cohesion", "seeds"]
     print("| pre-training | " + " | ".join(titles) + " |\n" + "| --- " * (1 + len(titles)) + "|")
     for name, row in names.items():
-        anomalies = [score for score in ANOMALIES if mean("eval", score, name) != "–"]
-        best = max(anomalies, key=lambda score: mean("eval", score, name), default="")
-        cells = ["/".join(mean(part, score, name) for score in PROBES)
-                 for part in ("eval", "published", "shifted")]
-        anomaly = [mean(part, best, name) for part in ("eval", "published", "shifted")]
-        cells += [mean("eval", "finetune 10%", name),
-                  f"{'/'.join(anomaly)} {best}" if best else "–",
-                  mean("locate/ellipses", "Grad-CAM minus normals, tuned/own map", name),
-                  mean("eval", "cohesion", name)]
-        seeds = {*sets.get("eval", {}).get(PROBES[0], {}).get(name, {})} - {""}
+        best = best_detector(sets, name)
+        parts = ("eval", "published", "shifted")
+        columns = [[(part, score) for score in PROBES] for part in parts]
+        columns += [[("eval", "finetune 10%")], [(part, best) for part in parts],
+                    [("locate/ellipses", "Grad-CAM minus normals, tuned/own map")],
+                    [("eval", "cohesion")]]
+        columns = [[sets.get(part, {}).get(score, {}).get(name, {}) for part, score in column]
+                   for column in columns]
+        seeds = max(number_of_seeds(by_seed) for by_seed in columns[0])
+        cells = []
+        for column in columns:
+            means = [f"{np.mean([figures[0] for figures in by_seed.values()]):.3f}" if by_seed
+                     else "–" for by_seed in column]
+            fewest = min(filter(None, column), key=number_of_seeds, default=None)
+            cells.append("/".join(means).replace("0.", ".") + fewer_seeds(fewest, seeds)
+                         if fewest else "–")
+        if best:
+            cells[4] = re.sub("(,|$)", rf" {best}\1", cells[4], count=1)
         if re.search(r"\d", "".join(cells)):
-            print(f"| {row} | " + " | ".join(cells) + f" | {len(seeds) or '–'} |")
+            print(f"| {row} | " + " | ".join(cells) + f" | {seeds or '–'} |")
     print()
+
+
+def print_best_detectors(sets, names):
+    """On every set, the best anomaly score of each row minus that of AFiRe."""
+    rows = {}
+    for name, row in names.items():
+        best = best_detector(sets, name)
+        rows[name] = f"{row}, {best}", {TITLES[part]: sets.get(part, {}).get(best, {}).get(name)
+                                        for part in ("eval", "published", "shifted")}
+    _, reference = rows.pop("afire")
+    print_table("best anomaly score on held-out patients, minus AFiRe", reference, {
+        title: {column: differences(by_seed, reference[column]) for column, by_seed in row.items()
+                if by_seed and reference[column]} for title, row in rows.values()})
 
 
 def print_tables(sets):
@@ -495,16 +528,18 @@ def print_tables(sets):
     probes = {in_percent(score): score for score in PROBES}
     cells = {in_percent(score): score for score in CELLS}
     print_overview(sets, names)
+    print_best_detectors(sets, names)
     for part in "eval", "published", "shifted":
         anomalies = {f"images by {score}": score for score in ANOMALIES}
         columns = probes | {"fine-tuned, 10 %": "finetune 10%"} | anomalies
         print_set(TITLES[part], sets.get(part, {}), names, columns, pixels=True)
         print_table(f"{TITLES[part]}, tokens in cells", cells,
                     rows_of(sets.get(part, {}), networks, cells))
-        lesions, crops = [rows_of(sets.get(part, {}), {name: name}, probes)[name]
+        columns = probes | anomalies
+        lesions, crops = [rows_of(sets.get(part, {}), {name: name}, columns)[name]
                           for name in ("lesions", "crops")]
-        print_table(f"{TITLES[part]}, lesions minus crops", probes, {"structure and restoration": {
-            column: differences(lesions[column], crops[column]) for column in probes
+        print_table(f"{TITLES[part]}, lesions minus crops", columns, {"structure and restoration": {
+            column: differences(lesions[column], crops[column]) for column in columns
             if lesions[column] and crops[column]}})
     print_table("held-out patients, cohesion", ["silhouette"],
                 rows_of(sets.get("eval", {}), networks, {"silhouette": "cohesion"}))
@@ -517,6 +552,12 @@ def print_tables(sets):
         for values in "own map", "own minus others":
             columns = {score: f"{score}/{values}" for score in [*GRAD_CAM, *ANOMALIES]}
             print_set(f"{TITLES[part]}, {values}", figures, names, columns)
+        static = figures.get("nearness to the centre/own map", {}).get("static")
+        columns = {score: f"{score}/own map" for score in [*GRAD_CAM, *ANOMALIES]}
+        print_table(f"{TITLES[part]}, own map minus nearness to the centre", columns, {
+            name: {column: differences(by_seed, static) for column, by_seed in row.items()
+                   if by_seed and static}
+            for name, row in rows_of(figures, names, columns).items()})
         columns = {score: f"{score}/own map" for score in ("nearness to the centre", "mean mask")}
         print_table(f"{TITLES[part]}, static maps", columns,
                     rows_of(figures, {"static": "AUROC in the masks"}, columns))
@@ -544,7 +585,6 @@ def main(argv=None):
                         help="collect: keep the scores in the file that ROOT does not have")
     parser.add_argument("--scores", default=Path(__file__).with_name("scores.npz"), type=Path,
                         help="file (default: results/scores.npz)")
-    parser.add_argument("--without", metavar="REGEX", help="leave out images of such names")
     options = parser.parse_args(argv)
     with exit_on_bad_input("tables.py"):
         if options.command:
@@ -552,7 +592,7 @@ def main(argv=None):
                 raise afire.InputError("collect needs the folder ROOT, in which runs/ is")
             collect(options.root, options.scores, options.add)
         else:
-            print_tables(read_figures(options.scores, options.without))
+            print_tables(read_figures(options.scores))
 
 
 if __name__ == "__main__":

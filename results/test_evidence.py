@@ -308,11 +308,11 @@ def printed_tables(text):
     return cells
 
 
-def tables_of(tmp_path, capsys, *arguments):
+def tables_of(tmp_path, capsys):
     """What tables.py prints of the runs in tmp_path."""
     tables.main(["collect", str(tmp_path), "--scores", str(tmp_path / "scores.npz")])
     capsys.readouterr()
-    tables.main(["--scores", str(tmp_path / "scores.npz"), *arguments])
+    tables.main(["--scores", str(tmp_path / "scores.npz")])
     return printed_tables(capsys.readouterr().out)
 
 
@@ -344,7 +344,8 @@ def test_without_positives_a_sample_is_undefined():
     assert np.isnan(tables.with_interval({"0": np.array([0.5]), "1": np.array([np.nan])})[0])
 
 
-def test_intervals_are_of_a_loop_that_resamples_patients_and_seeds(tmp_path, capsys, monkeypatch):
+def test_intervals_are_of_a_loop_that_resamples_patients_draws_and_seeds(tmp_path, capsys,
+                                                                         monkeypatch):
     """Five seeds of AFiRe, three of another row, in another order; the pixels have none."""
     monkeypatch.setattr(tables, "sample_patients",
                         functools.partial(tables.sample_patients, resamples=12))
@@ -352,13 +353,15 @@ def test_intervals_are_of_a_loop_that_resamples_patients_and_seeds(tmp_path, cap
     labels = images["labels"]
     random = np.random.default_rng(1)
     scores = {(name, seed): random.standard_normal((5, 60, 2)) + labels * (1 + seed / 4)
-              for name, seeds in (("afire", range(5)), ("mine", (4, 1, 2)), ("pixels", [0]))
+              for name, seeds in (("afire", range(5)), ("mine", (4, 1, 2)), ("4 x 4", [0]),
+                                  ("8 x 8", [0]))
               for seed in seeds}
     scores["afire", 0][2] = np.nan                         # a repeat in which nothing was learned
     for (name, seed), array in scores.items():
-        if name != "pixels":
-            pixels = {"pixels/8 x 8 1%": scores["pixels", 0]} if name == "afire" else {}
-            write_run(tmp_path, name, seed, images, probe=array, **pixels)
+        if " x " not in name:
+            pixels = {f"pixels/{blocks} 1%": scores[blocks, 0] for blocks in ("4 x 4", "8 x 8")}
+            write_run(tmp_path, name, seed, images, probe=array,
+                      **(pixels if name == "afire" else {}))
     cells = tables_of(tmp_path, capsys)
 
     names = np.unique(images["patients"])
@@ -369,13 +372,20 @@ def test_intervals_are_of_a_loop_that_resamples_patients_and_seeds(tmp_path, cap
         samples.append(np.concatenate([np.flatnonzero(images["patients"] == patient)
                                        for patient in drawn]))
 
+    repeats = np.random.default_rng(2).integers(5, size=(5, 1, 13))[:, 0]
+    repeats[:, 0] = range(5)
+
     @functools.cache
     def area(name, seed, sample):
         rows = samples[sample]
+        drawn = [scores[name, seed][repeat] for repeat in repeats[:, sample]]
         values = [np.mean([roc_auc_score(labels[rows, f], repeat[rows, f])
-                           for repeat in scores[name, seed] if not np.isnan(repeat).any()])
+                           for repeat in drawn if not np.isnan(repeat).any()])
                   for f in range(2)]
         return np.mean(values)
+
+    def best_of_pixels(sample):
+        return max(area("4 x 4", 0, sample), area("8 x 8", 0, sample))
 
     def cell(difference, seeds, form):
         drawn = np.random.default_rng(1).integers(len(seeds), size=(len(seeds), 12))
@@ -391,9 +401,10 @@ def test_intervals_are_of_a_loop_that_resamples_patients_and_seeds(tmp_path, cap
     assert cells[f"{title}, minus AFiRe", "mine", "probe, 1 %"] == cell(
         lambda seed, r: area("mine", seed, r) - area("afire", seed, r), [1, 2, 4], "+.3f")
     assert cells[f"{title}, minus AFiRe", "pixels, 8 x 8", "probe, 1 %"] == cell(
-        lambda seed, r: area("pixels", 0, r) - area("afire", seed, r), range(5), "+.3f")
+        lambda seed, r: area("8 x 8", 0, r) - area("afire", seed, r), range(5), "+.3f")
     assert cells[f"{title}, minus the best of the pixels", "mine", "probe, 1 %"] == cell(
-        lambda seed, r: area("mine", seed, r) - area("pixels", 0, r), [1, 2, 4], "+.3f")
+        lambda seed, r: area("mine", seed, r) - best_of_pixels(r), [1, 2, 4], "+.3f")
+    assert len({area("4 x 4", 0, r) > area("8 x 8", 0, r) for r in range(13)}) == 2
 
 
 def test_seeds_that_only_one_row_has_are_ignored():
@@ -447,19 +458,61 @@ def test_tables_take_what_the_scripts_write(run, probed, located, tmp_path, caps
     static = arrays["ellipses/static/mean mask/own map"].mean()
     assert cells["ellipses, static maps", "AUROC in the masks", "mean mask"].startswith(
         f"{static:.3f} (")
+    gain = np.mean(arrays["ellipses/checkpoint/prototype/own map"]
+                   - arrays["ellipses/static/nearness to the centre/own map"])
+    assert cells["ellipses, own map minus nearness to the centre", "AFiRe", "prototype"].startswith(
+        f"{gain:+.3f} (")
 
 
-def test_images_can_be_left_out_and_what_does_not_fit_is_said(tmp_path, capsys, monkeypatch):
+def test_fewer_seeds_are_said_and_detectors_are_chosen_on_held_out_patients(tmp_path, capsys):
+    """Names that begin as MAE's keep all scores; the best score stays what it is held out."""
+    images = images_of_patients()
+    truth = images["labels"].any(1)
+    random = np.random.default_rng(0)
+
+    def run_of(name, seed, *scores):
+        arrays = {score: truth + width * random.standard_normal(60) for score, width in scores}
+        write_run(tmp_path, name, seed, images, probe=random.random((5, 60, 2)),
+                  **{f"checkpoint/{score}": values for score, values in arrays.items()})
+        folder = tmp_path / f"runs/{name}-{seed}/shifted"
+        folder.mkdir()
+        inverted = {f"checkpoint/{score}": -values for score, values in arrays.items()}
+        np.savez(folder / "probes.npz", **images, **inverted)
+        return {score: roc_auc_score(truth, values) for score, values in arrays.items()}
+
+    afires = run_of("afire", 0, ("prototype", 0.5), ("neighbours", 2))
+    run_of("maestro", 0)
+    maestro = run_of("maestro", 1, ("prototype", 0.9), ("neighbours", 2))
+    crops_0 = run_of("crops", 0, ("prototype", 1))
+    lesions_0 = run_of("lesions", 0, ("prototype", 0.4))
+    cells = tables_of(tmp_path, capsys)
+    area = f"{maestro['prototype']:.3f}"
+    assert cells["held-out patients", "maestro", "images by prototype"].startswith(f"{area} (")
+    assert cells["held-out patients", "maestro", "images by prototype"].endswith("), 1 seed")
+    assert cells["held-out patients", "maestro", "seeds"] == "2"
+    assert not cells["held-out patients", "maestro", "probe, 1 %"].endswith("seed")
+    assert cells["pre-training", "maestro", "anomaly, held out/published/reframed"] == (
+        f"{area}/–/{1 - maestro['prototype']:.3f} prototype, 1 seed".replace("0.", "."))
+    title = "best anomaly score on held-out patients, minus AFiRe"
+    difference = crops_0["prototype"] - afires["prototype"]
+    row = "structure and restoration, crops, prototype"
+    assert cells[title, row, "held-out patients"].startswith(f"{difference:+.3f} (")
+    assert cells[title, row, "reframed images"].startswith(f"{-difference:+.3f} (")
+    assert (title, "maestro, prototype", "held-out patients") not in cells, "no seed in common"
+    gain = lesions_0["prototype"] - crops_0["prototype"]
+    assert cells["held-out patients, lesions minus crops", "structure and restoration",
+                 "images by prototype"].startswith(f"{gain:+.3f} (")
+    (tmp_path / "runs/crops-0").rename(tmp_path / "runs/crops")
+    assert "runs/crops has no seed in its name" in refusal(capsys, tables, "collect", tmp_path)
+
+
+def test_what_does_not_fit_is_said(tmp_path, capsys, monkeypatch):
     images = images_of_patients()
     scores = np.random.default_rng(0).standard_normal((5, 60, 2))
     write_run(tmp_path, "afire", 0, images, probe=scores, **{"checkpoint/1 x 1 1%": scores})
-    kept = np.array([not name.startswith(("1", "5")) for name in images["images"]])
-    area = np.mean([roc_auc_score(images["labels"][kept], repeat[kept]) for repeat in scores])
-    cells = tables_of(tmp_path, capsys, "--without", "^[15]")
-    assert cells["held-out patients", "AFiRe", "probe, 1 %"].startswith(f"{area:.3f} (")
+    cells = tables_of(tmp_path, capsys)
     assert ("held-out patients, tokens in cells", "AFiRe", "mean token, 1 %") in cells
     file = tmp_path / "scores.npz"
-    assert "leaves no image" in refusal(capsys, tables, "--scores", file, "--without", ".")
     size = sum(len(zlib.compress(array.tobytes())) for key, array in np.load(file).items()
                if not key.endswith("|runs"))
     monkeypatch.setattr(tables, "LIMIT", size)             # names of the runs come on top
@@ -517,18 +570,29 @@ def test_collecting_with_add_keeps_what_the_new_runs_lack(tmp_path, capsys):
     assert file.read_bytes() == before
 
 
-def test_the_numbers_of_both_pages_are_those_of_scores_npz(capsys):
-    """Every cell of a table on a page whose title, row and column tables.py prints."""
-    if not (ROOT / "results/scores.npz").exists():
-        pytest.skip("there is no results/scores.npz yet")
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_the_numbers_of_a_page_are_those_of_scores_npz(page, capsys):
+    """Every cell of a table that tables.py prints, and in the text every value with an interval."""
     tables.main([])
-    cells = printed_tables(capsys.readouterr().out)
-    shown = {}
-    for page in "README.md", "results/README.md":
-        shown |= printed_tables((ROOT / page).read_text(encoding="utf-8"))
-    compared = [key for key in shown if key in cells]
-    assert len(compared) >= 100
-    assert {key: shown[key] for key in compared} == {key: cells[key] for key in compared}
+    printed = printed_tables(capsys.readouterr().out)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = printed_tables(text)
+    titles = {title for title, _, _ in printed}
+    compared = {key: cell for key, cell in shown.items() if key[0] in titles}
+    assert len(compared) >= 20
+    assert compared == {key: printed.get(key) for key in compared}
+    value = r"([+−-]?)0?(\.\d{3})"
+    triple = re.compile(rf"{value} \({value} to {value}\)")
+    known = set()
+    for cell in printed.values():
+        for found in triple.finditer(cell):
+            numbers = [float(sign + digits) for sign, digits in zip(*[iter(found.groups())] * 2)]
+            known |= {tuple(numbers), tuple(-number for number in numbers[:1] + numbers[:0:-1])}
+    prose = re.sub(r"^\|.*$", "", text, flags=re.M).replace("−", "-")
+    prose = re.sub(r"\s+", " ", prose)
+    for found in triple.finditer(prose):
+        numbers = [float(sign + digits) for sign, digits in zip(*[iter(found.groups())] * 2)]
+        assert tuple(numbers) in known, f"no table has {found.group()}"
 
 
 # ---- all.sh --------------------------------------------------------------------------------------
@@ -590,3 +654,7 @@ def test_all_runs_what_is_missing_once_and_goes_on_after_a_failure(tmp_path):
     again = (tmp_path / "out/commands").read_text().splitlines()[len(commands):]
     assert [line.split()[0] for line in again] == ["crops.py", "tables.py", "tables.py"]
     assert subprocess.run(command[:2], env=settings, capture_output=True).returncode == 2
+    (tmp_path / "data").rename(tmp_path / "other")
+    command[2] = tmp_path / "other"
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert done.returncode == 2 and "out has results of other code or other data" in done.stderr

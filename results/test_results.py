@@ -35,8 +35,8 @@ import boxes  # noqa: E402
 import crops  # noqa: E402
 import curves  # noqa: E402
 import finetune  # noqa: E402
-import lesions  # noqa: E402
 import mae  # noqa: E402
+import runs  # noqa: E402
 import shift  # noqa: E402
 import tokens as token_pictures  # noqa: E402
 from test_afire import (CPU, drawn_set, load_run, phantom_images, randomise,  # noqa: E402
@@ -99,7 +99,6 @@ def evaluated(run):
     """What the scripts print that evaluate the run."""
     with contextlib.redirect_stdout(io.StringIO()) as stream:
         afire.main(f"eval --ckpt {run} --device cpu".split())
-        lesions.main([str(run)])
         finetune.main([str(run), "--steps", "3"])
         token_pictures.main([str(run), "--no-picture"])
     return stream.getvalue()
@@ -230,29 +229,7 @@ def test_other_methods_say_what_they_do(capsys, script, words):
     assert words in capsys.readouterr().out
 
 
-# ---- lesions.py ----------------------------------------------------------------------------------
-
-def test_lesions_are_scored_on_all_normal_images_that_are_new(run, evaluated):
-    arrays = np.load(run / "lesions/predictions.npz")
-    tested = [name for name in HELD_OUT if is_normal(name)]
-    n = len(tested)
-    assert n > 64, "in two batches"
-    assert arrays["labels"][:, 0].tolist() == [False] * n + [True] * n
-    assert arrays["patients"].tolist() == [patient_of(name) for name in tested] * 2
-    pixels = images_of(run, tested)
-    lesioned, masks = afire.synthetic_lesion_mask(torch.from_numpy(pixels) / 255, seeded())
-    assert not arrays["masks"][:n].any() and arrays["measured"].all()
-    np.testing.assert_array_equal(arrays["masks"][n:], masks[:, 0] > 0)
-    references = images_of(run, [name for name in TRAIN if is_normal(name)])
-    images = np.concatenate([references, pixels, (255 * lesioned).round().byte().numpy()])
-    rows = np.arange(len(references), len(images))
-    for name, encoder in encoders_of(run).items():
-        expected = afire.anomaly_maps(images, rows, CPU, encoder, None, np.arange(len(references)))
-        np.testing.assert_allclose(arrays[f"{name}/neighbours"], expected["neighbours"], rtol=1e-3)
-        assert arrays[f"{name}/prototype"].shape == (2 * n, 4, 4)
-    scores = arrays["checkpoint/neighbours"]
-    assert scores[n:].mean() > scores[:n].mean()
-
+# ---- runs.py -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def plain_run(run):
@@ -264,7 +241,7 @@ def plain_run(run):
     return out
 
 
-@pytest.mark.parametrize("script", [lesions, finetune, token_pictures])
+@pytest.mark.parametrize("script", [finetune, token_pictures])
 def test_what_is_no_run_or_holds_nothing_out_is_refused(run, plain_run, tmp_path, monkeypatch,
                                                         capsys, script):
     assert "is an encoder alone: name the folder of a run" in refusal(capsys, script,
@@ -277,7 +254,7 @@ def test_what_is_no_run_or_holds_nothing_out_is_refused(run, plain_run, tmp_path
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     assert re.search("images that .* was pre-trained on are not in .*/images: start this",
                      refusal(capsys, script, tmp_path))
-    monkeypatch.setattr(script, "load_run" if script is not lesions else "score_run",
+    monkeypatch.setattr(script, "load_run",
                         Mock(side_effect=FileNotFoundError(2, "No such file", "a.csv")))
     assert refusal(capsys, script, run).endswith(".py: cannot use a.csv: No such file")
 
@@ -301,7 +278,7 @@ def test_finetuning_learns_what_a_linear_probe_cannot():
 
 def test_finetuning_starts_at_the_probe_of_eval(run, evaluated):
     """As a logit, whose sigmoid has the probe's value and slope at 1/2."""
-    _, _, data = lesions.load_run(run)
+    _, _, data = runs.load_run(run)
     probe = np.load(run / "eval/predictions.npz")
     options = argparse.Namespace(steps=0, fractions=["10%", "100%"], repeats=5)
     for name, encoder in encoders_of(run).items():

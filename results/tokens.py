@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import afire  # noqa: E402
-from lesions import exit_on_bad_input, load_run  # noqa: E402
+from runs import exit_on_bad_input, load_run  # noqa: E402
 
 RED = [0.8, 0.1, 0.1]
 GREY = [0.7, 0.7, 0.7]
