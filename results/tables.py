@@ -294,6 +294,14 @@ def collect(root, file, add=False):
     print(f"in {file}: {Path(file).stat().st_size / 1e6:.1f} MB, the scores of "
           f"{len({run for _, _, run in scores})} networks, without maps and eval's own probe\n"
           f"left out for some runs, as they do not fit: {'; '.join(sorted(left_out)) or 'none'}")
+    seeds = {}
+    for _, _, run in scores:
+        name, _, seed = run.partition(":")
+        if seed and "128" not in name:
+            seeds.setdefault(name, set()).add(seed)
+    for name in seeds:
+        if seeds[name].isdisjoint(seeds.get("afire", seeds[name])):
+            print(f"{name} has no seed in common with AFiRe: tables will have no differences of it")
 
 
 # ---- scores.npz to figures -----------------------------------------------------------------------

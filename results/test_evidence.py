@@ -554,6 +554,8 @@ def test_collecting_with_add_keeps_what_the_new_runs_lack(tmp_path, capsys):
     file = tmp_path / "scores.npz"
     tables.main(["collect", str(older), "--scores", str(file)])
     tables.main(["collect", str(tmp_path), "--add", "--scores", str(file)])
+    said = capsys.readouterr().out
+    assert "mine has no seed in common with AFiRe" in said and said.count("no seed") == 1
     arrays = dict(np.load(file))
     labels = images["labels"]
     for run, score, array in (("afire:0", "probe", "new"), ("mine:3", "probe", "mine"),
