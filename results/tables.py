@@ -52,7 +52,7 @@ TUNING = {"mae-r50": "mask ratio .5", "mae-r75": "mask ratio .75", "mae-r90": "m
           "mae-lr-low": "mask ratio .75, learning rate / 3",
           "mae": "mask ratio .75, learning rate x 3"}
 AT_128_PIXELS = {"untrained-128": "untrained, 128 px", "mae-128": "MAE, 128 px",
-                 "afire-128": "AFiRe, 128 px"}
+                 "afire-128": "AFiRe, 128 px", "afire": "AFiRe, 64 px"}
 FRACTIONS = ("1%", "10%", "100%")
 PROBES = [f"probe {fraction}" for fraction in FRACTIONS]
 CELLS = [f"{cells} {fraction}" for cells in ("mean token", "2 x 2", "probe")
@@ -400,6 +400,13 @@ def differences(by_seed, reference):
     return {seed: by_seed[seed] - reference[seed] for seed in by_seed if seed in reference}
 
 
+def minus(rows, reference):
+    """Rows {name: {column: by_seed}} minus a row, in the columns that both have."""
+    return {name: {column: differences(by_seed, reference[column])
+                   for column, by_seed in row.items() if by_seed and reference[column]}
+            for name, row in rows.items()}
+
+
 # ---- Tables --------------------------------------------------------------------------------------
 
 def number_of_seeds(by_seed):
@@ -456,19 +463,13 @@ def print_set(title, figures, names, columns, pixels=False):
     rows = rows_of(figures, names, columns)
     print_table(title, columns, rows)
 
-    def minus(reference_of):
-        return {name: {column: differences(by_seed, reference_of(column)) for column, by_seed
-                       in row.items() if by_seed and reference_of(column)}
-                for name, row in rows.items()}
-
     if "AFiRe" in rows:
-        others = minus(rows["AFiRe"].get)
-        others.pop("AFiRe")
-        print_table(f"{title}, minus AFiRe", columns, others)
+        others = {name: row for name, row in rows.items() if name != "AFiRe"}
+        print_table(f"{title}, minus AFiRe", columns, minus(others, rows["AFiRe"]))
     if pixels:
-        networks = minus(lambda column: best_of_pixels(figures, columns[column]))
-        print_table(f"{title}, minus the best of the pixels", columns,
-                    {name: row for name, row in networks.items() if "pixels" not in name})
+        networks = {name: row for name, row in rows.items() if "pixels" not in name}
+        best = {column: best_of_pixels(figures, score) for column, score in columns.items()}
+        print_table(f"{title}, minus the best of the pixels", columns, minus(networks, best))
 
 
 def in_percent(score):
@@ -522,9 +523,8 @@ def print_best_detectors(sets, names):
         rows[name] = f"{row}, {best}", {TITLES[part]: sets.get(part, {}).get(best, {}).get(name)
                                         for part in ("eval", "published", "shifted")}
     _, reference = rows.pop("afire")
-    print_table("best anomaly score on held-out patients, minus AFiRe", reference, {
-        title: {column: differences(by_seed, reference[column]) for column, by_seed in row.items()
-                if by_seed and reference[column]} for title, row in rows.values()})
+    print_table("best anomaly score on held-out patients, minus AFiRe", reference,
+                minus(dict(rows.values()), reference))
 
 
 def print_tables(sets):
@@ -544,11 +544,10 @@ def print_tables(sets):
         print_table(f"{TITLES[part]}, tokens in cells", cells,
                     rows_of(sets.get(part, {}), networks, cells))
         columns = probes | anomalies
-        lesions, crops = [rows_of(sets.get(part, {}), {name: name}, columns)[name]
-                          for name in ("lesions", "crops")]
-        print_table(f"{TITLES[part]}, lesions minus crops", columns, {"structure and restoration": {
-            column: differences(lesions[column], crops[column]) for column in columns
-            if lesions[column] and crops[column]}})
+        rows = rows_of(sets.get(part, {}), {"lesions": "structure and restoration",
+                                            "crops": "crops"}, columns)
+        crops = rows.pop("crops")
+        print_table(f"{TITLES[part]}, lesions minus crops", columns, minus(rows, crops))
     print_table("held-out patients, cohesion", ["silhouette"],
                 rows_of(sets.get("eval", {}), networks, {"silhouette": "cohesion"}))
     for part in "locate/lesions", "locate/ellipses", "phantoms/locate/findings", "boxes":
@@ -562,10 +561,8 @@ def print_tables(sets):
             print_set(f"{TITLES[part]}, {values}", figures, names, columns)
         static = figures.get("nearness to the centre/own map", {}).get("static")
         columns = {score: f"{score}/own map" for score in [*GRAD_CAM, *ANOMALIES]}
-        print_table(f"{TITLES[part]}, own map minus nearness to the centre", columns, {
-            name: {column: differences(by_seed, static) for column, by_seed in row.items()
-                   if by_seed and static}
-            for name, row in rows_of(figures, names, columns).items()})
+        print_table(f"{TITLES[part]}, own map minus nearness to the centre", columns,
+                    minus(rows_of(figures, names, columns), dict.fromkeys(columns, static)))
         columns = {score: f"{score}/own map" for score in ("nearness to the centre", "mean mask")}
         print_table(f"{TITLES[part]}, static maps", columns,
                     rows_of(figures, {"static": "AUROC in the masks"}, columns))
@@ -581,7 +578,13 @@ def print_tables(sets):
     for part in "eval", "published", "shifted":
         figures = sets.get(part, {})
         columns = cells | {f"images by {score}": score for score in ("prototype", "neighbours")}
-        print_table(f"{TITLES[part]}, 128 px", columns, rows_of(figures, AT_128_PIXELS, columns))
+        rows = rows_of(figures, AT_128_PIXELS, columns)
+        if any(rows["AFiRe, 128 px"].values()):
+            print_table(f"{TITLES[part]}, 128 px", columns, rows)
+            for reference in "AFiRe, 128 px", "AFiRe, 64 px":
+                others = {name: row for name, row in rows.items() if name != reference}
+                print_table(f"{TITLES[part]}, 128 px, minus {reference}", columns,
+                            minus(others, rows[reference]))
 
 
 def main(argv=None):

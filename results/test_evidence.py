@@ -502,6 +502,15 @@ def test_fewer_seeds_are_said_and_detectors_are_chosen_on_held_out_patients(tmp_
     gain = lesions_0["prototype"] - crops_0["prototype"]
     assert cells["held-out patients, lesions minus crops", "structure and restoration",
                  "images by prototype"].startswith(f"{gain:+.3f} (")
+    small = run_of("afire", 1, ("prototype", 1))
+    large = run_of("afire-128", 1, ("prototype", 0.4))
+    cells = tables_of(tmp_path, capsys)
+    gain = large["prototype"] - small["prototype"]
+    column = "images by prototype"
+    assert cells["held-out patients, 128 px, minus AFiRe, 64 px", "AFiRe, 128 px",
+                 column].startswith(f"{gain:+.3f} (")
+    assert cells["held-out patients, 128 px, minus AFiRe, 128 px", "AFiRe, 64 px",
+                 column].startswith(f"{-gain:+.3f} (")
     (tmp_path / "runs/crops-0").rename(tmp_path / "runs/crops")
     assert "runs/crops has no seed in its name" in refusal(capsys, tables, "collect", tmp_path)
 
