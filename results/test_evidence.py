@@ -581,29 +581,37 @@ def test_collecting_with_add_keeps_what_the_new_runs_lack(tmp_path, capsys):
     assert file.read_bytes() == before
 
 
+@pytest.fixture(scope="module")
+def published():
+    """What tables.py prints of results/scores.npz: {(title, row, column): cell}."""
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        tables.main([])
+    return printed_tables(stream.getvalue())
+
+
+def values_with_intervals(text):
+    """-> {text: (value, low, high)} of all that look like .052 (.025 to .090)."""
+    number = r"([+-]?)0?(\.\d{3})"
+    found = {}
+    for match in re.finditer(rf"{number} \({number} to {number}\)", text.replace("−", "-")):
+        parts = match.groups()
+        found[match.group()] = tuple(float(parts[i] + parts[i + 1]) for i in (0, 2, 4))
+    return found
+
+
 @pytest.mark.parametrize("page", ["README.md", "results/README.md"])
-def test_the_numbers_of_a_page_are_those_of_scores_npz(page, capsys):
-    """Every cell of a table that tables.py prints, and in the text every value with an interval."""
-    tables.main([])
-    printed = printed_tables(capsys.readouterr().out)
+def test_the_numbers_of_a_page_are_those_of_scores_npz(page, published):
+    """Cells of tables that tables.py prints; elsewhere, values with intervals of either sign."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    shown = printed_tables(text)
-    titles = {title for title, _, _ in printed}
-    compared = {key: cell for key, cell in shown.items() if key[0] in titles}
+    titles = {title for title, _, _ in published}
+    compared = {key: cell for key, cell in printed_tables(text).items() if key[0] in titles}
     assert len(compared) >= 20
-    assert compared == {key: printed.get(key) for key in compared}
-    value = r"([+−-]?)0?(\.\d{3})"
-    triple = re.compile(rf"{value} \({value} to {value}\)")
+    assert compared == {key: published.get(key) for key in compared}
     known = set()
-    for cell in printed.values():
-        for found in triple.finditer(cell):
-            numbers = [float(sign + digits) for sign, digits in zip(*[iter(found.groups())] * 2)]
-            known |= {tuple(numbers), tuple(-number for number in numbers[:1] + numbers[:0:-1])}
-    prose = re.sub(r"^\|.*$", "", text, flags=re.M).replace("−", "-")
-    prose = re.sub(r"\s+", " ", prose)
-    for found in triple.finditer(prose):
-        numbers = [float(sign + digits) for sign, digits in zip(*[iter(found.groups())] * 2)]
-        assert tuple(numbers) in known, f"no table has {found.group()}"
+    for value, low, high in values_with_intervals("\n".join(published.values())).values():
+        known |= {(value, low, high), (-value, -high, -low)}
+    for words, numbers in values_with_intervals(re.sub(r"\s+", " ", text)).items():
+        assert numbers in known, f"no table has {words}"
 
 
 # ---- all.sh --------------------------------------------------------------------------------------
