@@ -523,7 +523,7 @@ def print_best_detectors(sets, names):
         rows[name] = f"{row}, {best}", {TITLES[part]: sets.get(part, {}).get(best, {}).get(name)
                                         for part in ("eval", "published", "shifted")}
     _, reference = rows.pop("afire")
-    print_table("best anomaly score on held-out patients, minus AFiRe", reference,
+    print_table("best anomaly score on held-out patients, minus AFiRe", list(reference),
                 minus(dict(rows.values()), reference))
 
 
