@@ -222,17 +222,11 @@ def read_runs(root):
             yield folder, prefix + part, images, scores
 
 
-def load_scores(file):
-    """-> {name: array} of scores.npz."""
+def read_scores(file):
+    """scores.npz: yields the file, a set, its images, {(run, score): array}."""
     arrays = load_arrays(file)
     if not any(key.endswith("|runs") for key in arrays):
         raise afire.InputError(f"{file} has no scores of runs: name a file that collect has made")
-    return arrays
-
-
-def read_scores(file):
-    """scores.npz: yields the file, a set, its images, {(run, score): array}."""
-    arrays = load_scores(file)
     parts = {}
     for key in arrays:
         part, name = key.split("|", 1)
@@ -363,18 +357,14 @@ def figure_of(array, labels, located, weights):
 
 def read_figures(file):
     """scores.npz: -> {set: {score: {pre-training: {seed: (1 + samples,)}}}}."""
-    arrays = load_scores(file)
     sets = {}
-    weights = {}
-    for key in tqdm([key for key in arrays if key.endswith("|runs")], "samples", delay=1):
-        part, score, _ = key.split("|")
-        if part not in weights:
-            weights[part] = sample_patients(arrays[f"{part}|patients"])
-        for run, array in zip(arrays[key].tolist(), arrays[f"{part}|{score}"]):
+    for _, part, images, scores in read_scores(file):
+        weights = sample_patients(images["patients"])
+        for (run, score), array in tqdm(scores.items(), f"samples of {part}", delay=1):
             name, _, seed = run.partition(":")
             by_name = sets.setdefault(part, {}).setdefault(score, {})
-            by_name.setdefault(name, {})[seed] = figure_of(
-                array, arrays[f"{part}|labels"], arrays[f"{part}|located"], weights[part])
+            by_name.setdefault(name, {})[seed] = figure_of(array, images["labels"],
+                                                           images["located"], weights)
     return sets
 
 
